@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One file a command. Only here: printing, exit codes, and the configuration of logging."""

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sources that one daemon runs: which signals this kernel and the settings allow, made and connected."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+
+import structlog
+
+from kptrace.daemon.loop import Loop
+from kptrace.daemon.settings import Settings
+from kptrace.dataplanes.installed import InstalledChains
+from kptrace.identity.resources import Level
+from kptrace.identity.source import Identity, IdentitySettings
+from kptrace.kernel.bytecode import Bytecode
+from kptrace.kernel.compile import Compiler
+from kptrace.kernel.netns import NetworkNamespace
+from kptrace.model.errors import CompileError, KernelError, PrivilegeError, UnsupportedError
+from kptrace.model.metrics import MetricFamily, MetricSpec
+from kptrace.model.signal import MechanismState, Source, State
+from kptrace.signals.lookup import LookupSignal, Options
+from kptrace.signals.lookup_kernel import REQUEST as LOOKUP_REQUEST
+from kptrace.signals.lookup_kernel import LookupKernel
+
+IDENTITY_POLL_SECONDS = 0.5
+
+
+class Missing:
+    """A signal that this node cannot measure, or was told not to: it has a state and no samples."""
+
+    def __init__(self, state: MechanismState) -> None:
+        """A source with nothing but its state."""
+        self.name = state.signal
+        self._state = state
+
+    def describe(self) -> Sequence[MetricSpec]:
+        """See `Source`."""
+        return ()
+
+    def families(self) -> Iterable[MetricFamily]:
+        """See `Source`."""
+        return ()
+
+    def states(self) -> Sequence[MechanismState]:
+        """See `Source`."""
+        return (self._state,)
+
+
+class Parts:
+    """All sources of one daemon; `start` attaches them, `close` lets everything go."""
+
+    def __init__(self, settings: Settings, loop: Loop) -> None:
+        """Open the namespace and the names: what a user may have got wrong is said before anything is attached.
+
+        Raises:
+            UsageError, ManifestError: the settings lead nowhere.
+        """
+        self._settings = settings
+        self._loop = loop
+        self._log = structlog.get_logger()
+        self._stack = ExitStack()
+        self.netns = NetworkNamespace(settings.netns)
+        self._stack.callback(self.netns.close)
+        self.identity = Identity.open(
+            IdentitySettings(
+                level=Level(settings.identity),
+                file=settings.identity_file,
+                kubeconfig=settings.kubeconfig,
+                node=settings.node_name,
+            )
+        )
+        self._stack.callback(self.identity.close)
+        self.sources: list[Source] = [self.identity]
+        self.from_cache = False
+        self._started = False
+        self.lookup: LookupSignal | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether programs are attached and the names are known."""
+        return self._started and self.identity.ready
+
+    def states(self) -> list[MechanismState]:
+        """Every mechanism's state."""
+        return [state for source in self.sources for state in source.states()]
+
+    def losses(self) -> Mapping[tuple[str, str], int]:
+        """Lost events by signal and reason, of the daemon's own loop."""
+        return {("daemon", "callback_failed"): self._loop.failures}
+
+    def start(self) -> None:
+        """Compile, attach and begin; names from a file are known when this returns.
+
+        Raises:
+            PrivilegeError: the kernel lets this process load nothing.
+            ManifestError: the identity file cannot be understood.
+        """
+        self.identity.start()
+        code = self._compile()
+        if code is not None:
+            self._start_lookup(code)
+        self._loop.call_every(IDENTITY_POLL_SECONDS, self.identity.poll)
+        self._started = True
+
+    def _compile(self) -> Bytecode | None:
+        if self._settings.lookup_mechanism == "off":
+            self.sources.append(Missing(MechanismState("lookup", "bracket", State.OFF, "disabled", "--lookup-mechanism=off")))
+            return None
+        compiler = Compiler(self._settings.host.sys / "kernel/btf/vmlinux", self._settings.cache_dir)
+        try:
+            code = compiler.build([LOOKUP_REQUEST])
+        except (CompileError, OSError) as error:
+            self._unavailable("lookup", "bracket", "compile_failed", error)
+            return None
+        self.from_cache = compiler.from_cache
+        return code[0]
+
+    def _start_lookup(self, code: Bytecode) -> None:
+        settings = self._settings
+        try:
+            kernel = LookupKernel(code)
+        except KernelError as error:
+            if error.errno == 1:
+                raise PrivilegeError(f"the kernel refuses BPF maps: {error}", remedy="run as root, or grant CAP_BPF") from error
+            self._unavailable("lookup", "bracket", "maps_refused", error)
+            return
+        self._stack.callback(kernel.close)
+        lookup = LookupSignal(
+            kernel,
+            self.netns,
+            self._stack.enter_context(InstalledChains(self.netns)),
+            self._loop,
+            Options(settings.sampling, settings.overhead_budget, settings.brackets_with_nfqueue),
+        )
+        try:
+            lookup.start()
+        except (KernelError, UnsupportedError) as error:
+            lookup.close()
+            self._unavailable("lookup", "bracket", "attach_refused", error)
+            return
+        self._stack.callback(lookup.close)
+        self.identity.subscribe(lookup.set_identity)
+        lookup.set_identity(self.identity.snapshot())
+        self.lookup = lookup
+        self.sources.append(lookup)
+
+    def _unavailable(self, signal: str, mechanism: str, reason: str, error: Exception) -> None:
+        self._log.error("signal_unavailable", signal=signal, mechanism=mechanism, reason=reason, error=str(error))
+        self.sources.append(Missing(MechanismState(signal, mechanism, State.UNAVAILABLE, reason, str(error))))
+
+    def close(self) -> None:
+        """Detach and free everything, in reverse order. Idempotent."""
+        self._stack.close()

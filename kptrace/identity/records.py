@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept of each Kubernetes object: the few fields that names need, frozen."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar
+
+from kptrace.identity.fields import NEWEST
+from kptrace.model.identity import Endpoint, Pod, Protocol, ServicePort
+
+Name = tuple[str, str]
+
+
+class Kind(StrEnum):
+    """What is decoded, in the API's own plural: it is a label value and a part of URLs."""
+
+    SERVICES = "services"
+    ENDPOINT_SLICES = "endpointslices"
+    PODS = "pods"
+    NODES = "nodes"
+
+
+@dataclass(frozen=True, slots=True)
+class PortRecord:
+    """One port of a Service.
+
+    Attributes:
+        service_port: what metrics are kept by.
+        name: as EndpointSlices refer to it; empty for the only port of a Service.
+        number: where the Service listens.
+        node_port: where every node listens; 0 for nowhere.
+    """
+
+    service_port: ServicePort
+    name: str
+    number: int
+    node_port: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceRecord:
+    """A Service.
+
+    Attributes:
+        namespace, name: its own.
+        created: seconds since the epoch, `NEWEST` where unknown.
+        ports: none where kube-proxy does not serve it.
+        addresses: cluster, external and load-balancer IPs, in this order, each once.
+    """
+
+    kind: ClassVar[Kind] = Kind.SERVICES
+    namespace: str
+    name: str
+    created: int = NEWEST
+    ports: tuple[PortRecord, ...] = ()
+    addresses: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> Name:
+        """Namespace and name."""
+        return self.namespace, self.name
+
+
+@dataclass(frozen=True, slots=True)
+class SliceRecord:
+    """An EndpointSlice.
+
+    Attributes:
+        namespace, name: its own.
+        service: name of the Service in the same namespace; empty for none that kube-proxy serves.
+        endpoints: by port name and protocol.
+    """
+
+    kind: ClassVar[Kind] = Kind.ENDPOINT_SLICES
+    namespace: str
+    name: str
+    service: str = ""
+    endpoints: tuple[tuple[tuple[str, Protocol], tuple[Endpoint, ...]], ...] = ()
+
+    @property
+    def key(self) -> Name:
+        """Namespace and name."""
+        return self.namespace, self.name
+
+
+@dataclass(frozen=True, slots=True)
+class PodRecord:
+    """A pod.
+
+    Attributes:
+        pod: its names and addresses.
+        created: seconds since the epoch, `NEWEST` where unknown.
+        leaving: whether it is being deleted.
+        owns_addresses: not so in the host's network, nor once it has ended: its addresses are then another's.
+    """
+
+    kind: ClassVar[Kind] = Kind.PODS
+    pod: Pod
+    created: int = NEWEST
+    leaving: bool = False
+    owns_addresses: bool = True
+
+    @property
+    def key(self) -> Name:
+        """Namespace and name."""
+        return self.pod.namespace, self.pod.name
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRecord:
+    """A node and its IP addresses (host names are not among them)."""
+
+    kind: ClassVar[Kind] = Kind.NODES
+    name: str
+    addresses: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> Name:
+        """No namespace, and the name."""
+        return "", self.name
+
+
+Record = ServiceRecord | SliceRecord | PodRecord | NodeRecord

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reducer from Kubernetes objects to snapshots: no I/O, no clock, and the same result for any order of events.
+
+The cost of a change is that of the objects it touches, and one copy of each mapping of the snapshot that it changes;
+mappings that did not change are shared with the snapshot before.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from kptrace.identity.claims import Claims
+from kptrace.identity.records import Kind, Name, NodeRecord, PodRecord, Record, ServiceRecord, SliceRecord
+from kptrace.model.identity import Endpoint, Pod, Protocol, ServiceAddress, ServicePort, Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """An object that was deleted."""
+
+    kind: Kind
+    key: Name
+
+
+Event = Record | Gone
+
+
+class Store:
+    """All objects, and the indices that a snapshot is made of."""
+
+    def __init__(self) -> None:
+        self._objects: dict[Kind, dict[Name, Record]] = {kind: {} for kind in Kind}
+        self._services: Claims[ServiceAddress, ServicePort] = Claims()
+        self._node_ports: Claims[tuple[int, Protocol], ServicePort] = Claims()
+        self._pods: Claims[str, Pod] = Claims()
+        self._slices: dict[Name, dict[Name, SliceRecord]] = {}
+        self._endpoints: dict[ServicePort, tuple[Endpoint, ...]] = {}
+        self._endpoints_view: Mapping[ServicePort, tuple[Endpoint, ...]] | None = None
+        self._nodes_view: Mapping[str, tuple[str, ...]] | None = None
+        self._unjoined: set[Name] = set()
+        self._changed = False
+        self._newest = 0.0
+        self._snapshot = Snapshot()
+
+    def apply(self, event: Event, at: float = 0.0) -> bool:
+        """Add, replace or remove one object; `at` is when the fact arrived (monotonic seconds).
+
+        Returns whether anything is different now.
+        """
+        self._newest = max(self._newest, at)
+        known = self._objects[event.kind]
+        old = known.get(event.key)
+        new = None if isinstance(event, Gone) else event
+        if old == new:
+            return False
+        if old is not None:
+            self._retract(old)
+        if new is None:
+            del known[event.key]
+        else:
+            known[new.key] = new
+            self._assert(new)
+        self._changed = True
+        return True
+
+    def replace(self, kind: Kind, records: Iterable[Record], at: float = 0.0) -> bool:
+        """Make these all objects of the kind that there are. Returns whether anything is different now."""
+        listed = {record.key: record for record in records}
+        gone = [Gone(kind, key) for key in self._objects[kind] if key not in listed]
+        changes = [self.apply(event, at) for event in (*gone, *listed.values())]
+        return any(changes)
+
+    def counts(self) -> dict[Kind, int]:
+        """How many objects there are of each kind."""
+        return {kind: len(objects) for kind, objects in self._objects.items()}
+
+    def snapshot(self) -> Snapshot:
+        """What is known now: the snapshot before if nothing changed since, else a new one with the next revision."""
+        if not self._changed:
+            return self._snapshot
+        self._changed = False
+        for key in self._unjoined:
+            self._join(key)
+        self._unjoined.clear()
+        if self._endpoints_view is None:
+            self._endpoints_view = MappingProxyType(self._endpoints.copy())
+        if self._nodes_view is None:
+            nodes = (node for node in self._objects[Kind.NODES].values() if isinstance(node, NodeRecord))
+            self._nodes_view = MappingProxyType({node.name: node.addresses for node in nodes})
+        self._snapshot = Snapshot(
+            revision=self._snapshot.revision + 1,
+            taken_at=self._newest,
+            services=self._services.view(),
+            node_ports=self._node_ports.view(),
+            endpoints=self._endpoints_view,
+            pods_by_ip=self._pods.view(),
+            nodes=self._nodes_view,
+        )
+        return self._snapshot
+
+    def _assert(self, record: Record) -> None:
+        match record:
+            case ServiceRecord():
+                for port in record.ports:
+                    rank = record.created, port.service_port
+                    for ip in record.addresses:
+                        address = ServiceAddress(ip, port.number, port.service_port.protocol)
+                        self._services.claim(address, rank, port.service_port)
+                    if port.node_port:
+                        node_port = port.node_port, port.service_port.protocol
+                        self._node_ports.claim(node_port, rank, port.service_port)
+                self._unjoined.add(record.key)
+            case SliceRecord():
+                if record.service:
+                    service = record.namespace, record.service
+                    self._slices.setdefault(service, {})[record.key] = record
+                    self._unjoined.add(service)
+            case PodRecord():
+                if record.owns_addresses:
+                    for ip in record.pod.ips:
+                        self._pods.claim(ip, _pod_rank(record), record.pod)
+            case NodeRecord():
+                self._nodes_view = None
+
+    def _retract(self, record: Record) -> None:
+        match record:
+            case ServiceRecord():
+                for port in record.ports:
+                    rank = record.created, port.service_port
+                    for ip in record.addresses:
+                        self._services.release(
+                            ServiceAddress(ip, port.number, port.service_port.protocol), rank
+                        )
+                    if port.node_port:
+                        self._node_ports.release((port.node_port, port.service_port.protocol), rank)
+                    self._set_endpoints(port.service_port, ())
+                self._unjoined.discard(record.key)
+            case SliceRecord():
+                if record.service:
+                    service = record.namespace, record.service
+                    del self._slices[service][record.key]
+                    if not self._slices[service]:
+                        del self._slices[service]
+                    self._unjoined.add(service)
+            case PodRecord():
+                for ip in record.pod.ips if record.owns_addresses else ():
+                    self._pods.release(ip, _pod_rank(record))
+            case NodeRecord():
+                self._nodes_view = None
+
+    def _join(self, key: Name) -> None:
+        """Give every port of one Service the endpoints that its slices have for it."""
+        service = self._objects[Kind.SERVICES].get(key)
+        if not isinstance(service, ServiceRecord):
+            return
+        slices = self._slices.get(key, {}).values()
+        for port in service.ports:
+            wanted = port.name, port.service_port.protocol
+            found = [
+                end for record in slices for name, ends in record.endpoints if name == wanted for end in ends
+            ]
+            self._set_endpoints(port.service_port, _distinct(found))
+
+    def _set_endpoints(self, port: ServicePort, endpoints: tuple[Endpoint, ...]) -> None:
+        if endpoints == self._endpoints.get(port, ()):
+            return
+        if endpoints:
+            self._endpoints[port] = endpoints
+        else:
+            del self._endpoints[port]
+        self._endpoints_view = None
+
+
+def _pod_rank(record: PodRecord) -> tuple[bool, int, Pod]:
+    """A pod that stays before one that leaves, then the youngest: it was given the address last."""
+    return record.leaving, -record.created, record.pod
+
+
+def _distinct(endpoints: list[Endpoint]) -> tuple[Endpoint, ...]:
+    """In order, each address once: endpoints being moved between slices are in two, and the readier counts."""
+    best: dict[tuple[str, int], Endpoint] = {}
+    for endpoint in sorted(endpoints, key=lambda end: (end.ready, end.serving, end)):
+        best[endpoint.ip, endpoint.port] = endpoint
+    return tuple(sorted(best.values()))

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions to the kernel's own type information: offsets of members, ids of functions and structures, enumerators.
+
+Names are looked up by finding the string and then the types that point to it, so nothing but the answer is decoded. A
+blob comes from outside this program: whatever is in it, a question ends with an answer or a `BtfError`.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Final
+
+from kptrace.kernel.btf_format import BtfError, BtfMissing, BtfType, Kind, Member, Tables, decode
+from kptrace.kernel.btf_index import Index
+
+__all__ = ["Btf", "BtfError", "BtfMissing", "BtfType", "Kind", "Member"]
+
+POINTER_BYTES: Final = 8
+# The kernel's own verifier resolves no deeper (MAX_RESOLVE_DEPTH).
+_MAX_DEPTH: Final = 32
+_AGGREGATES: Final = (Kind.STRUCT, Kind.UNION)
+_MODIFIERS: Final = frozenset({Kind.TYPEDEF, Kind.VOLATILE, Kind.CONST, Kind.RESTRICT, Kind.TYPE_TAG})
+_SIZED: Final = frozenset(
+    {Kind.INT, Kind.STRUCT, Kind.UNION, Kind.ENUM, Kind.ENUM64, Kind.FLOAT, Kind.DATASEC}
+)
+
+
+class Btf:
+    """One BTF blob, and the base that a module's blob continues."""
+
+    def __init__(self, tables: Tables, digest: str, base: "Btf | None" = None) -> None:
+        self.digest = digest
+        self._index: Index = Index(tables, base._index if base else None)
+
+    @classmethod
+    def parse(cls, data: bytes, base: "Btf | None" = None) -> "Btf":
+        """Index a blob; `base` is the vmlinux BTF that a module's blob continues.
+
+        Raises:
+            BtfError: the data is no BTF of this machine, is cut short or contradicts itself.
+        """
+        return cls(decode(data), hashlib.sha256(data).hexdigest(), base)
+
+    @classmethod
+    def load(cls, path: Path, base: "Btf | None" = None) -> "Btf":
+        """Read and index a file such as /sys/kernel/btf/vmlinux.
+
+        Raises:
+            BtfError: the file cannot be read, or `parse` refuses it.
+        """
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise BtfError(
+                f"cannot read BTF from {path}: {error.strerror}",
+                errno=error.errno or 0,
+                remedy="use a kernel with CONFIG_DEBUG_INFO_BTF",
+            ) from error
+        return cls.parse(data, base)
+
+    @property
+    def end_id(self) -> int:
+        """One more than the highest type id."""
+        return self._index.end_id
+
+    def type_id(self, name: str, kind: Kind) -> int:
+        """Id of the first type of that name and kind; a module's own types come before the base's.
+
+        Raises:
+            BtfMissing: there is none.
+        """
+        for found in self._index.named(name, (kind,)):
+            return found
+        raise BtfMissing(name, kind.name.lower())
+
+    def func_id(self, name: str) -> int:
+        """Id of a function, kfuncs included; raises `BtfMissing`."""
+        return self.type_id(name, Kind.FUNC)
+
+    def struct_id(self, name: str) -> int:
+        """Id of a structure (never of a forward declaration); raises `BtfMissing`."""
+        return self.type_id(name, Kind.STRUCT)
+
+    def struct_size(self, name: str) -> int:
+        """Size of a structure in bytes; raises `BtfMissing`."""
+        return self.type(self.struct_id(name)).value
+
+    def function_args(self, name: str) -> int | None:
+        """Number of a function's named parameters; None if there is no such function."""
+        try:
+            prototype = self.type(self.type(self.func_id(name)).value)
+        except BtfMissing:
+            return None
+        if prototype.kind is not Kind.FUNC_PROTO:
+            raise BtfError(f"corrupt BTF: the function {name} has no prototype")
+        words, at = self._index.locate(prototype.id)
+        # "..." is a last parameter without name and type.
+        last = at + 1 + 2 * prototype.vlen
+        variadic = prototype.vlen and not any(words[last : last + 2])
+        return prototype.vlen - bool(variadic)
+
+    def enum_value(self, enumerator: str) -> int:
+        """Value of an enumerator of any enum.
+
+        Raises:
+            BtfMissing: there is none.
+            BtfError: two enums disagree, and no guess is made.
+        """
+        values = set(self._index.enumerator_values(enumerator))
+        if not values:
+            raise BtfMissing(enumerator, "enumerator")
+        if len(values) > 1:
+            raise BtfError(f"the enumerator {enumerator} has several values in this BTF: {sorted(values)}")
+        return values.pop()
+
+    def member_offset(self, struct_name: str, path: str) -> int:
+        """Offset of a member in bytes; see `member`.
+
+        Raises:
+            BtfMissing: there is no such structure or member.
+            BtfError: the member is a bitfield that does not begin at a byte.
+        """
+        bits = self.member(struct_name, path).bit_offset
+        if bits % 8:
+            raise BtfError(f"{struct_name}.{path} does not begin at a byte but at bit {bits}")
+        return bits // 8
+
+    def member_offset_bits(self, struct_name: str, path: str) -> int:
+        """Offset of a member in bits; see `member`."""
+        return self.member(struct_name, path).bit_offset
+
+    def member(self, struct_name: str, path: str) -> Member:
+        """The member of a structure, union or typedef of one; `ns.inum` goes through the named member `ns`.
+
+        Members of anonymous structures and unions are found as in C. Where several types have the name (the kernel has
+        such), the first that has the member answers.
+
+        Raises:
+            BtfMissing: there is no such structure or member.
+        """
+        candidates = list(self._index.named(struct_name, (*_AGGREGATES, Kind.TYPEDEF)))
+        if not candidates:
+            raise BtfMissing(struct_name, "struct")
+        for type_id in candidates:
+            found = self._descend(type_id, path)
+            if found:
+                return found
+        raise BtfMissing(f"{struct_name}.{path}", "member")
+
+    def type(self, type_id: int) -> BtfType:
+        """The common part of a type; 0 is void.
+
+        Raises:
+            BtfError: no type has this id.
+        """
+        if type_id == 0:
+            return BtfType(0, Kind.VOID, "", 0, False, 0)
+        words, at = self._index.locate(type_id)
+        name, info, value = words[at : at + 3]
+        return BtfType(
+            type_id,
+            Kind((info >> 24) & 0x1F),
+            self._index.string(name),
+            info & 0xFFFF,
+            bool(info >> 31),
+            value,
+        )
+
+    def members(self, type_id: int) -> list[Member]:
+        """The members of a structure or union in their order; none for any other type."""
+        header = self.type(type_id)
+        if header.kind not in _AGGREGATES:
+            return []
+        words, at = self._index.locate(type_id)
+        found = []
+        for index in range(at + 3, at + 3 + 3 * header.vlen, 3):
+            name, member_type, offset = words[index : index + 3]
+            bits = offset >> 24 if header.flag else 0
+            found.append(
+                Member(
+                    self._index.string(name), member_type, offset & 0xFFFFFF if header.flag else offset, bits
+                )
+            )
+        return found
+
+    def array(self, type_id: int) -> tuple[int, int]:
+        """Element type and number of elements of an array."""
+        if self.type(type_id).kind is not Kind.ARRAY:
+            raise BtfError(f"type {type_id} is no array")
+        words, at = self._index.locate(type_id)
+        return words[at + 3], words[at + 5]
+
+    def strip(self, type_id: int) -> BtfType:
+        """The type behind typedefs and qualifiers.
+
+        Raises:
+            BtfError: they never end.
+        """
+        for _ in range(_MAX_DEPTH):
+            found = self.type(type_id)
+            if found.kind not in _MODIFIERS:
+                return found
+            type_id = found.value
+        raise BtfError(f"corrupt BTF: typedefs and qualifiers of type {type_id} never end")
+
+    def size_of(self, type_id: int) -> int:
+        """Size of a type in bytes, as C's sizeof.
+
+        Raises:
+            BtfError: the type has no size (a function, void, a forward declaration), or is an endless array.
+        """
+        count = 1
+        for _ in range(_MAX_DEPTH):
+            found = self.strip(type_id)
+            if found.kind is Kind.PTR:
+                return count * POINTER_BYTES
+            if found.kind in _SIZED:
+                return count * found.value
+            if found.kind is not Kind.ARRAY:
+                raise BtfError(f"type {found.id} ({found.kind.name.lower()} {found.name}) has no size")
+            type_id, elements = self.array(found.id)
+            count *= elements
+        raise BtfError(f"corrupt BTF: the array type {type_id} never ends")
+
+    def _descend(self, type_id: int, path: str) -> Member | None:
+        offset = 0
+        found: Member | None = None
+        for part in path.split("."):
+            found = self._find_member(type_id, part)
+            if not found:
+                return None
+            offset += found.bit_offset
+            type_id = found.type_id
+        return Member(found.name, found.type_id, offset, found.bits) if found else None
+
+    def _find_member(self, type_id: int, name: str) -> Member | None:
+        """Search breadth first through anonymous members; each type once, so cycles and fans end."""
+        seen: set[int] = set()
+        waiting = [(type_id, 0)]
+        for current, base in waiting:
+            aggregate = self.strip(current)
+            if aggregate.id in seen:
+                continue
+            seen.add(aggregate.id)
+            for member in self.members(aggregate.id):
+                if member.name == name and name:
+                    return Member(name, member.type_id, base + member.bit_offset, member.bits)
+                if not member.name:
+                    waiting.append((member.type_id, base + member.bit_offset))
+        return None

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BCC as a compiler in a child process that exits: this process never maps LLVM.
+
+A request names a source file and the facts that it needs from the kernel's BTF; the child resolves the facts, hands
+them to the source as macros, and returns bytecode, map descriptions and the facts. Answers are cached under the hash of
+everything that went in, so a restart compiles nothing.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from base64 import b64decode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from types import MappingProxyType
+
+import structlog
+
+from kptrace import __version__
+from kptrace.kernel.bytecode import Bytecode, Function
+from kptrace.kernel.maps import MapSpec, MapType
+from kptrace.model.errors import CompileError
+
+_TIMEOUT_SECONDS = 120
+_FORMAT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One compilation.
+
+    Attributes:
+        source: file name in the package `kptrace.bpf`.
+        facts: macro name to what the BTF must tell: `offset:sk_buff:_nfct` (bytes), `struct:nf_conn` (type id),
+            `func:bpf_dynptr_from_skb` (type id), `enum:SKB_DROP_REASON_NETFILTER_DROP` (value), or any of them with a
+            `?` in front: the macro is then undefined where the kernel has no such thing.
+        defines: macro name to value.
+    """
+
+    source: str
+    facts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    defines: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+
+class Compiler:
+    """Compiles requests, or finds them in the cache."""
+
+    def __init__(self, btf: Path, cache_dir: Path | None, *, python: str = sys.executable) -> None:
+        """Compile for the kernel whose BTF is the file `btf`; `cache_dir` None switches the cache off."""
+        self._btf = btf
+        self._cache_dir = cache_dir
+        self._python = python
+        self._log = structlog.get_logger()
+        self.from_cache = False
+
+    def build(self, requests: Sequence[Request]) -> list[Bytecode]:
+        """Compile all requests in one child, in order.
+
+        Raises:
+            CompileError: BCC is missing, the BTF lacks a fact, or the source does not compile.
+        """
+        key = self._key(requests)
+        cached = self._read_cache(key)
+        if cached is not None:
+            self.from_cache = True
+            return cached
+        self.from_cache = False
+        text = self._run_child(requests)
+        answer = _decode(text)
+        self._write_cache(key, text)
+        return answer
+
+    def _key(self, requests: Sequence[Request]) -> str:
+        digest = hashlib.sha256(f"{_FORMAT} {__version__}".encode())
+        digest.update(self._btf.read_bytes())
+        root = resources.files("kptrace.bpf")
+        headers = sorted((root / "include/kptrace").iterdir(), key=lambda entry: entry.name)
+        for entry in [*headers, *(root / request.source for request in requests)]:
+            digest.update(entry.read_bytes())
+        for request in requests:
+            digest.update(repr((request.source, dict(request.facts), dict(request.defines))).encode())
+        return digest.hexdigest()
+
+    def _run_child(self, requests: Sequence[Request]) -> str:
+        root = resources.files("kptrace.bpf")
+        question = {
+            "btf": str(self._btf),
+            "include": str(root / "include"),
+            "requests": [
+                {
+                    "name": request.source,
+                    "text": (root / request.source).read_text(),
+                    "facts": dict(request.facts),
+                    "defines": dict(request.defines),
+                }
+                for request in requests
+            ],
+        }
+        try:
+            child = subprocess.run(
+                [self._python, "-m", "kptrace.kernel.compile_child"],
+                input=json.dumps(question),
+                capture_output=True,
+                text=True,
+                timeout=_TIMEOUT_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise CompileError(
+                f"the compile child did not end within {_TIMEOUT_SECONDS} s", remedy="give the daemon more CPU"
+            ) from error
+        if child.returncode != 0:
+            lines = [line for line in child.stderr.strip().splitlines() if line.strip()]
+            telling = next((line for line in lines if "error:" in line), lines[-1] if lines else "it said nothing")
+            remedy = "install Debian's python3-bpfcc" if "No module named 'bcc'" in child.stderr else "report this as a bug"
+            raise CompileError(f"the compile child failed ({child.returncode}): {telling.strip()}", remedy=remedy)
+        return child.stdout
+
+    def _read_cache(self, key: str) -> list[Bytecode] | None:
+        if self._cache_dir is None:
+            return None
+        path = self._cache_dir / f"{key}.json"
+        try:
+            return _decode(path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, CompileError) as error:
+            self._log.warning("compile_cache_unreadable", path=str(path), error=str(error))
+            return None
+
+    def _write_cache(self, key: str, text: str) -> None:
+        if self._cache_dir is None:
+            return
+        try:
+            self._cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd, temporary = tempfile.mkstemp(dir=self._cache_dir)
+            with os.fdopen(fd, "w") as file:
+                file.write(text)
+            Path(temporary).rename(self._cache_dir / f"{key}.json")
+        except OSError as error:
+            self._log.warning("compile_cache_unwritable", path=str(self._cache_dir), error=str(error))
+
+
+def _decode(text: str) -> list[Bytecode]:
+    try:
+        answer = json.loads(text)
+        return [
+            Bytecode(
+                functions={
+                    name: Function(b64decode(f["code"]), {int(i): m for i, m in f["maps"].items()})
+                    for name, f in item["functions"].items()
+                },
+                maps={
+                    m["name"]: MapSpec(
+                        m["name"], MapType(m["type"]), m["key_size"], m["value_size"], m["max_entries"], m["flags"]
+                    )
+                    for m in item["maps"]
+                },
+                values=item["values"],
+            )
+            for item in answer
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CompileError(f"the compiler's answer cannot be read: {error!r}", remedy="delete the cache") from error

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading a linked program by bpf(2): nothing of BCC or LLVM is in this process."""
+
+import ctypes
+import errno
+import os
+import struct
+from enum import IntEnum
+
+from kptrace.kernel.syscall import Command, bpf
+from kptrace.model.errors import KernelError, PrivilegeError
+
+_LOG_BYTES = 1 << 18
+_LICENCE = b"GPL"
+
+
+class ProgramType(IntEnum):
+    """`enum bpf_prog_type`, as far as kptrace uses it."""
+
+    TRACEPOINT = 5
+    RAW_TRACEPOINT = 17
+    TRACING = 26
+    NETFILTER = 32
+
+
+class AttachType(IntEnum):
+    """`enum bpf_attach_type`, as far as kptrace uses it."""
+
+    NONE = 0
+    TRACE_FENTRY = 24
+    TRACE_FEXIT = 25
+    NETFILTER = 45
+
+
+def load_program(
+    name: str,
+    code: bytes,
+    kind: ProgramType,
+    attach_type: AttachType = AttachType.NONE,
+    *,
+    attach_btf_id: int = 0,
+    attach_fd: int = 0,
+) -> int:
+    """Load one program and return its descriptor, closed on exec.
+
+    The verifier's log is asked for only when the kernel refused the program: writing it makes a load many times slower.
+
+    Raises:
+        PrivilegeError: CAP_BPF (or CAP_PERFMON, CAP_NET_ADMIN) is missing.
+        KernelError: the verifier refused the program; the message has the last lines of its log.
+    """
+    instructions = ctypes.create_string_buffer(code, len(code))
+    licence = ctypes.create_string_buffer(_LICENCE)
+
+    def attempt(log: "ctypes.Array[ctypes.c_char] | None") -> int:
+        attr = struct.pack(
+            "<IIQQIIQII16sIIIIQIIQIIII",
+            kind,
+            len(code) // 8,
+            ctypes.addressof(instructions),
+            ctypes.addressof(licence),
+            1 if log else 0,
+            len(log) if log else 0,
+            ctypes.addressof(log) if log else 0,
+            0,
+            0,
+            name.encode()[:15],
+            0,
+            attach_type,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            attach_btf_id,
+            attach_fd,
+            0,
+        )
+        return bpf(Command.PROG_LOAD, attr)
+
+    try:
+        return attempt(None)
+    except KernelError as first:
+        if first.errno == errno.EPERM:
+            raise PrivilegeError(
+                f"the kernel refused to load the program {name}: {first}",
+                remedy="run as root, or grant CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN",
+            ) from first
+        log = ctypes.create_string_buffer(_LOG_BYTES)
+        try:
+            return attempt(log)
+        except KernelError as second:
+            lines = log.value.decode(errors="replace").strip().splitlines()[-12:]
+            raise KernelError(
+                f"the kernel refused to load the program {name}: {second}: {' | '.join(lines)}", errno=second.errno
+            ) from second
+
+
+def close_all(descriptors: list[int]) -> None:
+    """Close descriptors and empty the list."""
+    while descriptors:
+        os.close(descriptors.pop())

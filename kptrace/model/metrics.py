@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metric families as plain data: what a signal produces and what `kptrace.export` turns into text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["counter", "gauge", "histogram", "info"]
+
+#: What the excess of a bounded label set is folded into.
+OTHER = "~other"
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One metric's name, type, labels and meaning.
+
+    Attributes:
+        name: with unit and, for counters, `_total` (`kptrace_lookup_duration_seconds`); info metrics end in `_info`.
+        kind: the Prometheus type. An `info` is exposed as a gauge of value 1.
+        help: one or two sentences: where the interval starts and ends, on which mechanism.
+        labels: label names, in the order of every sample's values.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One counter, gauge or info value under its label values."""
+
+    labels: tuple[str, ...]
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class HistogramSample:
+    """One histogram under its label values.
+
+    Attributes:
+        labels: values in the order of the specification's labels.
+        buckets: `(le, cumulative count)`, ascending, the last `le` is `math.inf`: in base units, inclusive.
+        sum: of all observations, in base units.
+    """
+
+    labels: tuple[str, ...]
+    buckets: tuple[tuple[float, int], ...]
+    sum: float
+
+    @property
+    def count(self) -> int:
+        """The number of observations: what the last bucket holds."""
+        return self.buckets[-1][1]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricFamily:
+    """A specification and its present samples."""
+
+    spec: MetricSpec
+    samples: Sequence[Sample | HistogramSample] = field(default=())

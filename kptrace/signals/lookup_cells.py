@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the lookup maps' memory to metric samples: pure, and a mirror of the layout in bpf/lookup.bpf.c."""
+
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from kptrace.kernel.histogram import LOOKUP_LADDER_NS, SLOTS, on_ladder
+from kptrace.model.metrics import HistogramSample, MetricSpec, Sample
+from kptrace.model.netfilter import DataPlane, Hook, IpFamily
+
+MAX_BRACKETS = 128
+WALKS = ("first", "rest")
+CT_STATES = ("established", "related", "new", "untracked", "none")
+VERDICTS = ("accept", "drop")
+CELLS_PER_BRACKET = len(WALKS) * len(CT_STATES) * len(VERDICTS)
+WORDS = 128
+SUM_WORD = WORDS - 1
+CELL_BYTES = WORDS * 8
+COUNT_KINDS = 8
+#: Indices of the counts of opened brackets, by walk.
+OPENED_FIRST, OPENED_REST = 0, 5
+#: Index of each count that is a loss, and its reason.
+UNPAIRED_REASONS = {1: "queued", 2: "stolen_or_in_flight", 3: "evicted", 4: "opened_elsewhere"}
+
+LOOKUP_SPEC = MetricSpec(
+    "kptrace_lookup_duration_seconds",
+    "histogram",
+    "Time of one packet's walk through the base chains of one table at one hook: from just before its first rule to just"
+    " after its verdict (mechanism bracket: between two netfilter programs; connection tracking's NAT set-up is included at"
+    " NAT priorities). Sampled: see kptrace_sampling_ratio.",
+    (
+        "mechanism",
+        "dataplane",
+        "family",
+        "hook",
+        "table",
+        "chain",
+        "walk",
+        "ct_state",
+        "verdict",
+        "netns",
+    ),
+)
+UNPAIRED_SPEC = MetricSpec(
+    "kptrace_lookup_unpaired_total",
+    "counter",
+    "Sampled packets that gave no sample: queued (waited in an NFQUEUE), stolen_or_in_flight (left the hook unseen), evicted"
+    " (too many at once), opened_elsewhere, recursion_miss.",
+    ("hook", "reason"),
+)
+BRACKET_SPEC = MetricSpec(
+    "kptrace_bracket_info",
+    "info",
+    "Which base chain is measured under which table and chain label; chains that share a bracket have the table ~shared.",
+    ("dataplane", "family", "hook", "table", "chain", "member_table", "member_chain"),
+)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class BracketLabels:
+    """What a bracket is called: the key under which its counts are kept for ever."""
+
+    dataplane: DataPlane
+    family: IpFamily
+    hook: Hook
+    table: str
+    chain: str
+
+
+def cell_labels(labels: BracketLabels, cell: int, mechanism: str, netns: str) -> tuple[str, ...]:
+    """Label values of `LOOKUP_SPEC` for cell 0..19 of a bracket."""
+    walk, rest = divmod(cell, len(CT_STATES) * len(VERDICTS))
+    ct_state, verdict = divmod(rest, len(VERDICTS))
+    return (
+        mechanism,
+        labels.dataplane.value,
+        labels.family.value,
+        labels.hook.label,
+        labels.table,
+        labels.chain,
+        WALKS[walk],
+        CT_STATES[ct_state],
+        VERDICTS[verdict],
+        netns,
+    )
+
+
+def lookup_samples(
+    memory: memoryview, brackets: Mapping[int, BracketLabels], *, mechanism: str, netns: str
+) -> Iterable[HistogramSample]:
+    """A histogram for every cell that has a sample.
+
+    Args:
+        memory: of the map `cells`.
+        brackets: bracket number to its labels; numbers without labels are skipped.
+        mechanism: the label value.
+        netns: `host` or `pod`.
+    """
+    for number, labels in sorted(brackets.items()):
+        base = number * CELLS_PER_BRACKET * CELL_BYTES
+        words = array("Q", bytes(memory[base : base + CELLS_PER_BRACKET * CELL_BYTES]))
+        for cell in range(CELLS_PER_BRACKET):
+            slots = words[cell * WORDS : cell * WORDS + SLOTS]
+            if any(slots):
+                yield HistogramSample(
+                    cell_labels(labels, cell, mechanism, netns),
+                    on_ladder(slots, LOOKUP_LADDER_NS),
+                    words[cell * WORDS + SUM_WORD] / 1e9,
+                )
+
+
+def unpaired_samples(memory: memoryview, brackets: Mapping[int, BracketLabels]) -> Iterable[Sample]:
+    """The losses by hook and reason; zero for every hook that has a bracket."""
+    words = array("Q", bytes(memory[: MAX_BRACKETS * COUNT_KINDS * 8]))
+    totals: dict[tuple[str, str], int] = {}
+    for number, labels in brackets.items():
+        for kind, reason in UNPAIRED_REASONS.items():
+            key = (labels.hook.label, reason)
+            totals[key] = totals.get(key, 0) + words[number * COUNT_KINDS + kind]
+    return [Sample(key, float(value)) for key, value in sorted(totals.items())]
+
+
+def opened(memory: memoryview) -> tuple[int, int]:
+    """How many sampled first packets, and how many others, ever opened a bracket."""
+    words = array("Q", bytes(memory[: MAX_BRACKETS * COUNT_KINDS * 8]))
+    return sum(words[OPENED_FIRST::COUNT_KINDS]), sum(words[OPENED_REST::COUNT_KINDS])

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel side of the lookup signal: its maps, and one loaded program per boundary.
+
+The constants' numbers are those of bpf/lookup.bpf.c: 0 opens, 1 closes, 2 walk mask, 3 nfproto, 4 service plane.
+"""
+
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kptrace.kernel.attach import attach_netfilter, attach_raw_tracepoint
+from kptrace.kernel.bytecode import Bytecode, link
+from kptrace.kernel.compile import Request
+from kptrace.kernel.load import AttachType, ProgramType, load_program
+from kptrace.kernel.maps import Map
+from kptrace.model.netfilter import IpFamily
+from kptrace.signals.sampling import Sampling
+
+NO_BRACKET = 0xFFFFFFFF
+_CONFIG = struct.Struct("=QQQ")
+
+REQUEST = Request(
+    "lookup.bpf.c",
+    facts={
+        "KPT_SKB_NFCT": "offset:sk_buff:_nfct",
+        "KPT_NF_CONN_ID": "struct:nf_conn",
+        "KPT_NF_CONN_STATUS": "offset:nf_conn:status",
+        "KPT_REASON_NETFILTER_DROP": "enum:SKB_DROP_REASON_NETFILTER_DROP",
+        "KPT_KFUNC_DYNPTR_FROM_SKB": "func:bpf_dynptr_from_skb",
+        "KPT_KFUNC_RDONLY_CAST": "func:bpf_rdonly_cast",
+    },
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundaryProgram:
+    """What one boundary's program is to do; numbers are bracket numbers or `NO_BRACKET`.
+
+    Attributes:
+        closes, opens: brackets.
+        walk_mask: the conntrack status bits that say that NAT is done at this hook; 0 where the rules of NAT are not
+            walked.
+        family: of the packets.
+        plane: 1 + the data plane's place in `lookup_services.PLANES` where first packets are counted per service; 0 off.
+    """
+
+    closes: int
+    opens: int
+    walk_mask: int
+    family: IpFamily
+    plane: int
+
+
+class LookupKernel:
+    """Maps and programs in the kernel; everything goes away with `close`, or with the process."""
+
+    def __init__(self, bytecode: Bytecode) -> None:
+        """Make the maps and load the drop program; nothing is attached yet."""
+        self._code = bytecode
+        self._kfuncs = {
+            0: bytecode.values["KPT_KFUNC_DYNPTR_FROM_SKB"],
+            1: bytecode.values["KPT_KFUNC_RDONLY_CAST"],
+        }
+        self._maps = {name: Map(spec) for name, spec in bytecode.maps.items()}
+        self._fds = {name: each.fd for name, each in self._maps.items()}
+        self._attached: list[int] = []
+        self._installed: dict[tuple[IpFamily, bytes], int] = {}
+
+    def attach_drops(self) -> None:
+        """Close the brackets of dropped packets through kfree_skb."""
+        code = link(self._code.functions["lookup_drop"], map_fds=self._fds)
+        program = load_program("lookup_drop", code, ProgramType.RAW_TRACEPOINT)
+        try:
+            self._attached.append(attach_raw_tracepoint(program, "kfree_skb"))
+        finally:
+            os.close(program)
+
+    def link_boundary(self, program: BoundaryProgram, hook: int, priority: int) -> int:
+        """Load a boundary's program and link it in the calling thread's network namespace; return the link."""
+        code = link(
+            self._code.functions["lookup_boundary"],
+            map_fds=self._fds,
+            kfuncs=self._kfuncs,
+            constants={
+                0: program.opens,
+                1: program.closes,
+                2: program.walk_mask,
+                3: program.family.nfproto,
+                4: program.plane,
+            },
+        )
+        fd = load_program("lookup_boundary", code, ProgramType.NETFILTER, AttachType.NETFILTER)
+        try:
+            return attach_netfilter(fd, program.family.nfproto, hook, priority)
+        finally:
+            os.close(fd)  # the link holds it
+
+    def configure(self, *, armed: bool, sampling: Sampling) -> None:
+        """Switch counting on or off and set the sampling for every program at once."""
+        first, rest = sampling.thresholds()
+        self._maps["config"].memory()[: _CONFIG.size] = _CONFIG.pack(int(armed), first, rest)
+
+    def memory(self, name: str) -> memoryview:
+        """A map's values, live."""
+        return memoryview(self._maps[name].memory())
+
+    def set_services(self, wanted: Mapping[tuple[IpFamily, bytes], int]) -> None:
+        """Make the maps of Service addresses hold exactly this: address key to service number."""
+        for key in self._installed.keys() - wanted.keys():
+            self._service_map(key[0]).delete(key[1])
+            del self._installed[key]
+        for key, number in wanted.items():
+            if self._installed.get(key) != number:
+                self._service_map(key[0]).update(key[1], struct.pack("=I", number))
+                self._installed[key] = number
+
+    def _service_map(self, family: IpFamily) -> Map:
+        return self._maps["services4" if family is IpFamily.IPV4 else "services6"]
+
+    def map_bytes(self) -> int:
+        """Size of all maps' values, for the memory budget."""
+        return sum(each.spec.value_size * each.spec.max_entries for each in self._maps.values())
+
+    def close(self) -> None:
+        """Detach and free. Idempotent."""
+        while self._attached:
+            os.close(self._attached.pop())
+        for each in self._maps.values():
+            each.close()
+

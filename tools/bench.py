@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make bench`: what kptrace costs on this machine, written to docs/overhead.md; `--check` fails above twice a budget."""
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kptrace.dataplanes.installed import InstalledChains
+from kptrace.experiments.daemon_process import DaemonProcess, DaemonRequest, default_command
+from kptrace.experiments.manifests import identity_text
+from kptrace.experiments.netns import Namespace
+from kptrace.experiments.node import EmbeddedNode
+from kptrace.experiments.services import make_services
+from kptrace.experiments.writer import RuleWriter
+from kptrace.kernel.attach import attach_netfilter
+from kptrace.kernel.bytecode import Bytecode, link
+from kptrace.kernel.compile import Compiler
+from kptrace.kernel.load import AttachType, ProgramType, load_program
+from kptrace.kernel.netns import NetworkNamespace
+from kptrace.model.netfilter import DataPlane
+from kptrace.signals.lookup import LookupSignal, Options
+from kptrace.signals.lookup_kernel import REQUEST, LookupKernel
+from kptrace.signals.sampling import Sampling
+
+ROOT = Path(__file__).parent.parent
+BTF = Path("/sys/kernel/btf/vmlinux")
+CHAIN = "table ip t { chain c { type filter hook output priority -100; udp dport 5353 counter; }; }"
+ROUNDS = 9
+PACKETS = 300_000
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure and its budget, both in `unit`."""
+
+    what: str
+    value: float
+    unit: str
+    budget: float | None = None
+
+    def row(self) -> str:
+        """A line of the table."""
+        budget = "" if self.budget is None else f"<= {self.budget:g} {self.unit}"
+        return f"| {self.what} | {self.value:.3g} {self.unit} | {budget} |"
+
+
+class NoTimers:
+    """Timers that never fire: a benchmark re-plans nothing."""
+
+    def call_every(self, _seconds: float, _callback: Callable[[], None]) -> None:
+        """Forget the callback."""
+
+    def call_soon_threadsafe(self, _callback: Callable[[], None]) -> None:
+        """Forget the callback."""
+
+
+def build_loops(folder: Path) -> Path:
+    """Compile the timed loops."""
+    binary = folder / "bench_loops"
+    source = ROOT / "tools/bench_loops.c"
+    subprocess.run(["gcc", "-O2", "-o", str(binary), str(source)], check=True)
+    return binary
+
+
+def packets(bytecode: Bytecode, loops: Path) -> list[Figure]:
+    """ns per packet of a bracket, over the same flood, in one interleaved run on one CPU."""
+    with Namespace("bench") as namespace:
+        namespace.run(["nft", "-f", "-"], stdin=CHAIN)
+
+        def flood() -> float:
+            out = namespace.run(["taskset", "-c", str(max(os.sched_getaffinity(0))), str(loops), "sendto", str(PACKETS)])
+            return float(out.split()[0])
+
+        def two_empty() -> float:
+            kernel = LookupKernel(bytecode)
+            code = link(bytecode.functions["lookup_nothing"], map_fds={})
+            program = load_program("nothing", code, ProgramType.NETFILTER, AttachType.NETFILTER)
+            with namespace.enter():
+                links = [attach_netfilter(program, 2, 3, priority) for priority in (-101, -99)]
+            try:
+                return flood()
+            finally:
+                for each in [*links, program]:
+                    os.close(each)
+                kernel.close()
+
+        def bracket(sampling: Sampling) -> float:
+            netns = NetworkNamespace(namespace.path)
+            signal = LookupSignal(
+                LookupKernel(bytecode), netns, InstalledChains(netns), NoTimers(), Options(sampling=sampling)
+            )
+            signal.start()
+            try:
+                return flood()
+            finally:
+                signal.close()
+                netns.close()
+
+        rows: dict[str, list[float]] = {"empty": [], "all": [], "thin": []}
+        base: list[float] = []
+        flood()
+        for _ in range(ROUNDS):
+            nothing = flood()
+            base.append(nothing)
+            rows["empty"].append(two_empty() - nothing)
+            rows["all"].append(bracket(Sampling(1, 1)) - nothing)
+            rows["thin"].append(bracket(Sampling(1, 64)) - nothing)
+    medians = {name: statistics.median(values) for name, values in rows.items()}
+    return [
+        Figure("one loopback UDP send, no daemon", statistics.median(base), "ns"),
+        Figure("+ two empty netfilter programs", medians["empty"], "ns"),
+        Figure("bracket, every packet, above them", medians["all"] - medians["empty"], "ns", 130),
+        Figure("bracket, 1/64, above them", medians["thin"] - medians["empty"], "ns", 20),
+    ]
+
+
+def daemon(loops: Path, folder: Path) -> list[Figure]:
+    """Start-up, memory, scrape time and syscall cost of the real daemon beside 2,000 services."""
+    with EmbeddedNode() as node:
+        services = make_services(2000, 2)
+        RuleWriter(node.node, DataPlane.NFTABLES).install(services)
+        identity = folder / "identity.json"
+        identity.write_text(identity_text(services), encoding="utf-8")
+        cache = folder / "cache"
+        starts = []
+        figures: list[Figure] = []
+        for number in range(3):
+            request = DaemonRequest(node.node.path, identity, folder / f"ready{number}")
+            argv = [*default_command(request), "--cache-dir", str(cache)]
+            before = {name: loop(loops, name) for name in ("getppid", "sendmsg")}
+            with DaemonProcess(argv, request.ready_file, folder / f"log{number}") as process:
+                starts.append(process.startup_seconds)
+                if number < 2:
+                    continue
+                after = {name: loop(loops, name) for name in ("getppid", "sendmsg")}
+                time.sleep(60)  # the figure is the memory after 60 s
+                times = []
+                for _ in range(11):
+                    begin = time.monotonic()
+                    text = process.scrape()
+                    times.append(time.monotonic() - begin)
+                size = len("\n".join(text.lines("")))
+                figures = [
+                    Figure("any syscall, above none traced", after["getppid"] - before["getppid"], "ns", 75),
+                    Figure("sendmsg of a process that writes no rules", after["sendmsg"] - before["sendmsg"], "ns", 250),
+                    Figure("resident memory after 60 s", rss_mib(process.pid), "MiB", 128),
+                    Figure("scrape at 2,000 services", statistics.median(times) * 1e3, "ms", 50),
+                    Figure("size of a scrape", size / 1024, "KiB", 1024),
+                ]
+    return [
+        Figure("start to ready, nothing cached", starts[0], "s", 2.0),
+        Figure("start to ready, from cache", statistics.median(starts[1:]), "s", 0.5),
+        *figures,
+    ]
+
+
+def loop(loops: Path, name: str) -> float:
+    """Least ns per iteration of five runs."""
+    runs = [
+        subprocess.run([str(loops), name, "500000"], check=True, capture_output=True, text=True) for _ in range(5)
+    ]
+    return min(float(run.stdout.split()[0]) for run in runs)
+
+
+def rss_mib(pid: int) -> float:
+    """Resident memory of a process."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
+
+
+def main() -> int:
+    """Measure, write, and with `--check` judge."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail where a figure is above twice its budget")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="kptrace-bench-") as name:
+        folder = Path(name)
+        loops = build_loops(folder)
+        bytecode = Compiler(BTF, None).build([REQUEST])[0]
+        figures = [*packets(bytecode, loops), *daemon(loops, folder)]
+    table = "\n".join(figure.row() for figure in figures)
+    (ROOT / "docs/overhead.md").write_text(
+        "# What kptrace costs\n\nWritten by `make bench`; every figure was measured by it.\n\n"
+        f"Machine: Linux {platform.release()}, {platform.machine()}, {os.cpu_count()} CPUs. Packet costs are medians of"
+        f" {ROUNDS} interleaved rounds of {PACKETS:,} packets on one CPU through one filter chain with a counter.\n\n"
+        f"| what | measured | budget |\n| --- | --- | --- |\n{table}\n",
+        encoding="utf-8",
+    )
+    print(table)
+    over = [figure for figure in figures if figure.budget is not None and figure.value > 2 * figure.budget]
+    if options.check and over:
+        print(f"above twice the budget: {', '.join(figure.what for figure in over)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
