@@ -114,8 +114,8 @@ static __always_inline void close_bracket(u64 *ctx, u32 bracket)
 }
 
 /* The slot to open in: the packet's own stale one, a free one, or a victim. CPUs start at different ways, so that two of
- * them do not claim the same free slot. */
-static __always_inline struct slot *claim(struct set *set, u64 skb)
+ * them do not claim the same free slot. A bracket whose boundary moves is opened twice by one packet: that is no loss. */
+static __always_inline struct slot *claim(struct set *set, u64 skb, u64 state, u32 bracket)
 {
 	struct slot *slot, *other;
 
@@ -129,7 +129,8 @@ static __always_inline struct slot *claim(struct set *set, u64 skb)
 	if (other->skb == skb)
 		slot = other;
 	if (slot->skb == skb) {
-		count(slot->bracket, COUNT_STOLEN);
+		if (slot->state != state || slot->bracket != bracket)
+			count(slot->bracket, COUNT_STOLEN);
 		return slot;
 	}
 	if (!slot->skb)
@@ -212,7 +213,8 @@ static __always_inline void open_bracket(u64 *ctx, u32 bracket)
 	if (!set)
 		return;
 	KPT_LOAD64(skb, ctx, 8);
-	slot = claim(set, skb);
+	KPT_LOAD64(state, ctx, 0);
+	slot = claim(set, skb, state, bracket);
 	KPT_LOAD64(skb, ctx, 8);
 	slot->skb = skb;
 	KPT_LOAD64(state, ctx, 0);

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is installed in the kernel, read without any external binary: one folder a data plane, independent of each other."""
+"""What is installed in the kernel, read without an external binary: one folder a data plane; they are independent."""

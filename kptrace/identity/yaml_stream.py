@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+#: Kubernetes objects are a dozen deep; libyaml's time grows with the square of the depth.
+_DEEPEST = 100
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _WORDS: dict[str, bool | None] = {
     "": None,
@@ -98,11 +100,10 @@ def _objects(events: Iterator[Any]) -> Iterator[Located]:
         match event:
             case yaml.ScalarEvent():
                 value, line = _scalar(event, stack), _line(event)
-            case yaml.MappingStartEvent():
-                stack.append(_Frame({}, _line(event)))
-                continue
-            case yaml.SequenceStartEvent():
-                stack.append(_Frame([], _line(event)))
+            case yaml.MappingStartEvent() | yaml.SequenceStartEvent():
+                if len(stack) == _DEEPEST:
+                    raise YamlError(_line(event), f"more than {_DEEPEST} levels of nesting")
+                stack.append(_Frame({} if isinstance(event, yaml.MappingStartEvent) else [], _line(event)))
                 continue
             case yaml.MappingEndEvent() | yaml.SequenceEndEvent():
                 frame = stack.pop()

@@ -189,6 +189,13 @@ class Btf:
         words, at = self._index.locate(type_id)
         return words[at + 3], words[at + 5]
 
+    def integer(self, type_id: int) -> tuple[bool, bool]:
+        """Whether an integer is signed, and whether it is a boolean."""
+        if self.type(type_id).kind is not Kind.INT:
+            raise BtfError(f"type {type_id} is no integer")
+        words, at = self._index.locate(type_id)
+        return bool(words[at + 3] >> 24 & 1), bool(words[at + 3] >> 24 & 4)
+
     def strip(self, type_id: int) -> BtfType:
         """The type behind typedefs and qualifiers.
 

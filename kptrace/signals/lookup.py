@@ -13,15 +13,15 @@ import structlog
 from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.errors import KernelError
 from kptrace.model.identity import Snapshot
-from kptrace.model.metrics import HistogramSample, MetricFamily, MetricSpec, Sample
-from kptrace.model.netfilter import BaseChain
+from kptrace.model.metrics import MetricFamily, MetricSpec, Sample
+from kptrace.model.netfilter import BaseChain, IpFamily
 from kptrace.model.signal import MechanismState, State
 from kptrace.signals import lookup_cells as cells
 from kptrace.signals.lookup_floor import measure_floor
 from kptrace.signals.lookup_kernel import LookupKernel
 from kptrace.signals.lookup_links import BracketNumbers, LinkedBoundaries
 from kptrace.signals.lookup_plan import Plan, diff, plan
-from kptrace.signals.lookup_services import SERVICE_SPEC, ServiceNumbers, ServiceTop
+from kptrace.signals.lookup_services import CELL_BYTES, PLANES, SERVICE_SPEC, ServiceNumbers, ServiceTop
 from kptrace.signals.sampling import Governor, Sampling
 
 #: What `make bench` measured on the reference machine (docs/overhead.md): the governor's estimate of cost per packet.
@@ -72,7 +72,7 @@ class Chains(Protocol):
         """All base chains."""
         ...
 
-    def foreign(self, own: Iterable[tuple[int, int, int]]) -> Mapping[tuple[int, int], frozenset[int]]:
+    def foreign(self, own: Iterable[tuple[int, int, int]]) -> Mapping[tuple[IpFamily, int], frozenset[int]]:
         """Priorities held by others' BPF links."""
         ...
 
@@ -113,7 +113,6 @@ class _Published:
     ratios: tuple[float, float] = (0.0, 0.0)
     overhead: float = 0.0
     replans: int = 0
-    services: tuple[HistogramSample, ...] = ()
 
 
 class LookupSignal:
@@ -216,15 +215,18 @@ class LookupSignal:
         chains = self._chains.read()
         own = {(b.family.nfproto, int(b.hook), b.priority) for b in self._links.boundaries}
         new = plan(chains, self._chains.foreign(own), self._links.boundaries)
-        old = self._plan or Plan((), ())
-        change = diff(old, new)
+        change = diff(Plan((), self._links.boundaries), new)
         taken = self._links.change(change.remove, change.add)
         if change.add or change.remove:
             self._replans += 1
             self._log.info("brackets_planned", brackets=len(new.brackets), linked=len(change.add), unlinked=len(change.remove))
-        self._plan = Plan(new.brackets, self._links.boundaries, *(() if True else ()))
+        self._plan = new
         self._due = bool(taken)
-        if new.brackets:
+        if new.omitted:
+            reasons = ", ".join(sorted({each.reason for each in new.omitted}))
+            count = sum(len(each.chains) for each in new.omitted)
+            self._state = self._row(State.DEGRADED, new.omitted[0].reason, f"{count} base chains are not measured: {reasons}")
+        elif new.brackets:
             self._state = self._row(State.ACTIVE, "ok", f"{len(new.brackets)} brackets")
         else:
             self._state = self._row(State.ACTIVE, "no_base_chains", "no base chain is installed in the watched namespace")
@@ -265,8 +267,6 @@ class LookupSignal:
         self._top.update(self._service_words(), len(self._services.names), self._clock())
 
     def _service_words(self) -> "array[int]":
-        from kptrace.signals.lookup_services import CELL_BYTES, PLANES  # noqa: PLC0415
-
         used = len(self._services.names) * len(PLANES) * CELL_BYTES
         return array("Q", bytes(self._kernel.memory("service_cells")[:used]))
 
@@ -325,16 +325,6 @@ class LookupSignal:
 
 def _bracket_info(current: Plan | None) -> Iterable[Sample]:
     for bracket in current.brackets if current else ():
-        for chain in bracket.chains:
-            yield Sample(
-                (
-                    bracket.dataplane.value,
-                    bracket.family.value,
-                    bracket.hook.label,
-                    bracket.table,
-                    bracket.chain,
-                    chain.table,
-                    chain.chain,
-                ),
-                1.0,
-            )
+        for table, chain in sorted(set(bracket.members)):
+            labels = (bracket.dataplane.value, bracket.family.value, bracket.hook.label, bracket.table, bracket.chain)
+            yield Sample((*labels, table, chain), 1.0)

@@ -57,12 +57,26 @@ class LinkedBoundaries:
         return tuple(self._links)
 
     def change(self, remove: Iterable[Boundary], add: Iterable[Boundary]) -> list[Boundary]:
-        """Unlink and link; return the boundaries whose priority somebody else took meanwhile."""
-        for boundary in remove:
+        """Unlink and link; return the boundaries whose priority somebody else took meanwhile.
+
+        What is new is linked before what is old goes, so that no packet meets half a bracket; only where both want one
+        priority the old one goes first.
+        """
+        adding, removing = list(add), list(remove)
+        wanted = {(boundary.family, boundary.hook, boundary.priority) for boundary in adding}
+        in_the_way = [b for b in removing if (b.family, b.hook, b.priority) in wanted]
+        for boundary in in_the_way:
             os.close(self._links.pop(boundary))
+        taken = self._link(adding)
+        for boundary in removing:
+            if boundary not in in_the_way:
+                os.close(self._links.pop(boundary))
+        return taken
+
+    def _link(self, boundaries: Iterable[Boundary]) -> list[Boundary]:
         taken = []
         with self._netns.enter():
-            for boundary in add:
+            for boundary in boundaries:
                 try:
                     self._links[boundary] = self._kernel.link_boundary(
                         self._program(boundary), Hook(boundary.hook), boundary.priority

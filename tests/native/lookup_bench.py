@@ -35,13 +35,14 @@ class LookupBench:
     """One running lookup signal and its counts by label."""
 
     def __init__(self, bytecode: Bytecode, namespace: Namespace, **options: Any) -> None:
-        netns = NetworkNamespace(namespace.path)
+        self._netns = netns = NetworkNamespace(namespace.path)
+        self._chains = InstalledChains(netns)
         self.timers = ManualTimers()
         self.kernel = LookupKernel(bytecode)
         self.signal = LookupSignal(
             self.kernel,
             netns,
-            InstalledChains(netns),
+            self._chains,
             self.timers,
             Options(**{"sampling": Sampling(1, 1), **options}),
         )
@@ -84,6 +85,8 @@ class LookupBench:
     def close(self) -> None:
         """Detach everything."""
         self.signal.close()
+        self._chains.close()
+        self._netns.close()
 
 
 def nft(namespace: Namespace, text: str) -> None:

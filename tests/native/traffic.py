@@ -41,9 +41,10 @@ def tcp_connects(family: int, port: int, count: int) -> None:
 
 
 def tcp_refused(family: int, port: int, count: int) -> None:
-    """Connection attempts whose only packet from us is one SYN: something rejects it at once."""
+    """Connection attempts whose only packet is one SYN: given up before it is sent again."""
     for _ in range(count):
         with socket.socket(family, socket.SOCK_STREAM) as client:
+            client.setblocking(False)
             if client.connect_ex((LOOPBACK[family], port)) == 0:
                 raise AssertionError("the connection was not to be accepted")
 

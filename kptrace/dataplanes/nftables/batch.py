@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an nfnetlink batch changes, from a bounded copy of the writer's own bytes. Pure; never raises, whatever the bytes.
+"""What an nfnetlink batch changes, from a bounded copy of the writer's own bytes. Pure; never raises.
 
 A listener on the nftables group would tell the same, but slows the writer's commit by three quarters.
 """
@@ -7,7 +7,7 @@ A listener on the nftables group would tell the same, but slows the writer's com
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Final, TypeVar
 
 from kptrace.dataplanes.nftables.netlink import (
     ATTRIBUTES,
@@ -59,6 +59,7 @@ _MEANING: Final = {
     NftMessage.DESTROYOBJ: ("object", _DELETE),
     NftMessage.DESTROYFLOWTABLE: ("flowtable", _DELETE),
 }
+_Name = TypeVar("_Name")
 _BY_NUMBER: Final = {int(message): meaning for message, meaning in _MEANING.items()}
 
 
@@ -130,9 +131,9 @@ def is_end(tail: bytes) -> bool:
 class _Decoder:
     data: bytes
     counts: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
-    tables: set[tuple[str, ...]] = field(default_factory=set)
-    touched: set[tuple[str, ...]] = field(default_factory=set)
-    deleted: set[tuple[str, ...]] = field(default_factory=set)
+    tables: set[tuple[str, str]] = field(default_factory=set)
+    touched: set[tuple[str, str, str]] = field(default_factory=set)
+    deleted: set[tuple[str, str, str]] = field(default_factory=set)
     replan: bool = False
     full: bool = False
 
@@ -207,7 +208,7 @@ class _Decoder:
     def _name(self, found: dict[int, tuple[int, int]], kind: int) -> str:
         return text(self.data, *found[kind]) if kind in found else ""
 
-    def _admit(self, names: set[tuple[str, ...]], name: tuple[str, ...], limit: int) -> bool:
+    def _admit(self, names: set[_Name], name: _Name, limit: int) -> bool:
         if name in names:
             return True
         if len(names) >= limit:
