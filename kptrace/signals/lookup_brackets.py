@@ -27,7 +27,7 @@ class Bracket:
         dataplane, table, chain: label values: the chain's own names; `~shared` and `priority<N>` for several chains;
             `~other` beyond the bound on foreign names.
         nat: whether NAT's rules are walked in it.
-        walk_mask: `nf_conn.status` bits that say that NAT is done at this hook: a packet without them walks NAT's rules.
+        walk_mask: `nf_conn.status` bits that say that NAT is done at this hook: packets without them walk its rules.
             0 at FORWARD, and where the family has no NAT chain.
         chains: what it encloses, by effective priority.
         members: the chains' (table, chain) names, as bounded as labels are.

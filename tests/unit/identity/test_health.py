@@ -26,7 +26,12 @@ def test_a_source_that_was_never_heard_is_unavailable() -> None:
 
 def test_a_source_that_falls_silent_says_how_old_its_names_are() -> None:
     """The age is counted from the last thing that was heard, and ends with the next."""
-    health = Health(SCOPE).after(LISTED).after(Alive(SCOPE, 40.0)).after(Trouble(SCOPE, 50.0, "unreachable", "refused"))
+    health = (
+        Health(SCOPE)
+        .after(LISTED)
+        .after(Alive(SCOPE, 40.0))
+        .after(Trouble(SCOPE, 50.0, "unreachable", "refused"))
+    )
     assert shown(health, 100.0) == (State.DEGRADED, "unreachable", "names are 60 s old: refused")
     assert shown(health.after(Alive(SCOPE, 120.0)), 130.0) == (State.ACTIVE, "ok", "")
 

@@ -45,7 +45,10 @@ def test_what_kubectl_prints_becomes_names() -> None:
         ("10.1.0.5", "shop/web-a", True),
         ("10.1.1.6", "", False),
     ]
-    assert {ip: pod.name for ip, pod in snapshot.pods_by_ip.items()} == {"10.1.0.5": "web-a", "fd00:10:1::5": "web-a"}
+    assert {ip: pod.name for ip, pod in snapshot.pods_by_ip.items()} == {
+        "10.1.0.5": "web-a",
+        "fd00:10:1::5": "web-a",
+    }
     assert snapshot.nodes == {"node-1": ("172.18.0.2",)}
 
 
@@ -92,7 +95,10 @@ def test_a_structural_error_has_line_document_item_and_object() -> None:
         (b"# nothing\n---\n", "m: it is empty"),
         (b"just text\n", "m: line 1: document 1: the object: expected a mapping"),
         (b"apiVersion: v1\nkind: 7\n", r"m: line 1: document 1 \(7\): kind: expected a string"),
-        (b"apiVersion: v1\nkind: List\nitems: [7]\n", "m: line 3: document 1, item 1: the object: expected a mapping"),
+        (
+            b"apiVersion: v1\nkind: List\nitems: [7]\n",
+            "m: line 3: document 1, item 1: the object: expected a mapping",
+        ),
     ],
 )
 def test_malformed_text_says_where_and_what(data: bytes, message: str) -> None:
@@ -102,7 +108,7 @@ def test_malformed_text_says_where_and_what(data: bytes, message: str) -> None:
 
 
 def test_an_empty_list_is_a_cluster_without_objects() -> None:
-    """kubectl prints a List even for nothing."""
+    """Kubectl prints a List even for nothing."""
     assert not any(parse(b"apiVersion: v1\nkind: List\nitems: []\n", "m").values())
 
 

@@ -11,7 +11,9 @@ from kptrace.identity.records import Kind, NodeRecord, PodRecord, ServiceRecord,
 from kptrace.model.identity import Endpoint, Protocol, ServicePort
 
 
-def service(spec: dict[str, Any], *, labels: dict[str, str] | None = None, status: Any = None) -> ServiceRecord:
+def service(
+    spec: dict[str, Any], *, labels: dict[str, str] | None = None, status: Any = None
+) -> ServiceRecord:
     """The record of a Service `ns/web` with this specification."""
     raw = {"metadata": {"name": "web", "namespace": "ns", "labels": labels}, "spec": spec, "status": status}
     record = decode(Kind.SERVICES, raw)
@@ -31,7 +33,9 @@ def test_dual_stack_external_and_balancer_addresses_count_once_each() -> None:
             "externalIPs": ["192.0.2.1", "192.0.2.2"],
             "ports": PORTS,
         },
-        status={"loadBalancer": {"ingress": [{"ip": "192.0.2.2"}, {"ip": "192.0.2.3", "ipMode": "Proxy"}, {}]}},
+        status={
+            "loadBalancer": {"ingress": [{"ip": "192.0.2.2"}, {"ip": "192.0.2.3", "ipMode": "Proxy"}, {}]}
+        },
     )
     assert record.addresses == ("10.0.0.1", "fd00::1", "192.0.2.1", "192.0.2.2")
 
@@ -124,8 +128,15 @@ def test_a_slice_gives_each_port_every_endpoint() -> None:
             "addressType": "IPv4",
             "ports": [{"name": "http", "port": 8080}, {"name": "all"}, {"port": 53, "protocol": "UDP"}],
             "endpoints": [
-                {"addresses": ["10.1.0.1", "10.1.0.2"], "targetRef": {"kind": "Pod", "namespace": "ns", "name": "p"}},
-                {"addresses": ["10.1.0.3"], "nodeName": "n", "conditions": {"ready": False, "terminating": True}},
+                {
+                    "addresses": ["10.1.0.1", "10.1.0.2"],
+                    "targetRef": {"kind": "Pod", "namespace": "ns", "name": "p"},
+                },
+                {
+                    "addresses": ["10.1.0.3"],
+                    "nodeName": "n",
+                    "conditions": {"ready": False, "terminating": True},
+                },
                 {"addresses": []},
             ],
         },
@@ -159,13 +170,22 @@ def test_slices_of_host_names_have_no_endpoints() -> None:
 
 @pytest.mark.parametrize(
     ("spec", "phase", "owns"),
-    [({}, "Running", True), ({"hostNetwork": True}, "Running", False), ({}, "Succeeded", False), ({}, "Failed", False)],
+    [
+        ({}, "Running", True),
+        ({"hostNetwork": True}, "Running", False),
+        ({}, "Succeeded", False),
+        ({}, "Failed", False),
+    ],
 )
 def test_pods_own_their_addresses_only_while_they_run_in_their_own_network(
     spec: dict[str, Any], phase: str, owns: bool
 ) -> None:
     """Addresses of host-network pods are the node's, and those of ended pods may be another's already."""
-    raw = {"metadata": {"name": "p", "namespace": "ns"}, "spec": spec, "status": {"phase": phase, "podIP": "10.1.0.1"}}
+    raw = {
+        "metadata": {"name": "p", "namespace": "ns"},
+        "spec": spec,
+        "status": {"phase": phase, "podIP": "10.1.0.1"},
+    }
     record = decode(Kind.PODS, raw)
     assert isinstance(record, PodRecord)
     assert (record.owns_addresses, record.pod.ips) == (owns, ("10.1.0.1",))
@@ -186,10 +206,30 @@ def test_other_kinds_are_not_ours() -> None:
         kind_of({"apiVersion": "v1"})
 
 
-field_names = st.sampled_from(
-    "metadata name namespace labels creationTimestamp spec status ports port protocol clusterIPs endpoints addresses "
-    "conditions ready targetRef loadBalancer ingress podIPs ip kubernetes.io/service-name".split()
-)
+FIELDS = [
+    "metadata",
+    "name",
+    "namespace",
+    "labels",
+    "creationTimestamp",
+    "spec",
+    "status",
+    "ports",
+    "port",
+    "protocol",
+    "clusterIPs",
+    "endpoints",
+    "addresses",
+    "conditions",
+    "ready",
+    "targetRef",
+    "loadBalancer",
+    "ingress",
+    "podIPs",
+    "ip",
+    "kubernetes.io/service-name",
+]
+field_names = st.sampled_from(FIELDS)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(field_names, inner, max_size=4),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def test_messages_become_snapshots_metrics_and_states() -> None:
     identity.subscribe(told.append)
     identity.start()
     objects, last, errors = identity.families()
-    assert not identity.ready
+    assert identity.ready is False
     assert (values(objects)[("nodes",)], values(last)) == (0, {})
     assert values(errors) == {("api", "unreachable"): 0, ("api", "malformed_object"): 0}
 
@@ -120,10 +121,39 @@ def test_a_file_is_known_when_start_returns(tmp_path: Path) -> None:
     assert [(state.mechanism, state.state) for state in identity.states()] == [("file", State.ACTIVE)]
     objects, _, errors = identity.families()
     assert values(objects) == {("services",): 4, ("endpointslices",): 1, ("pods",): 2, ("nodes",): 1}
-    assert set(values(errors)) == {("file", "unreadable"), ("file", "malformed"), ("file", "malformed_object")}
+    assert set(values(errors)) == {
+        ("file", "unreadable"),
+        ("file", "malformed"),
+        ("file", "malformed_object"),
+    }
     identity.close()
     with pytest.raises(ManifestError):
         Identity.open(IdentitySettings(file=tmp_path / "none")).start()
+
+
+def test_a_file_that_goes_bad_keeps_the_names_and_says_how_old_they_are(tmp_path: Path) -> None:
+    """The last good names stay, the state is degraded with their age, and no object's name is in it."""
+    path = tmp_path / "names.yaml"
+    path.write_bytes((DATA / "documents.yaml").read_bytes())
+    now = 100.0
+    identity = Identity.open(IdentitySettings(file=path), clock=lambda: now)
+    identity.start()
+    before = identity.snapshot()
+    path.write_bytes((DATA / "wrong_port.yaml").read_bytes())
+    now = 130.0
+    deadline = time.monotonic() + 20
+    while identity.states()[0].state is State.ACTIVE:
+        assert time.monotonic() < deadline
+        identity.poll()
+        time.sleep(0.002)
+    assert identity.snapshot() is before
+    (state,) = identity.states()
+    assert (state.state, state.reason) == (State.DEGRADED, "malformed")
+    assert state.detail == (
+        "names are 30 s old: line 9: document 1, item 2: spec.ports[0].port: expected an integer"
+    )
+    assert identity.ready
+    identity.close()
 
 
 def test_no_names_are_a_state_too() -> None:

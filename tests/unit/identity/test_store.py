@@ -6,14 +6,24 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kptrace.identity.records import Kind, NodeRecord, PodRecord, PortRecord, Record, ServiceRecord, SliceRecord
+from kptrace.identity.records import (
+    Kind,
+    NodeRecord,
+    PodRecord,
+    PortRecord,
+    Record,
+    ServiceRecord,
+    SliceRecord,
+)
 from kptrace.identity.store import Event, Gone, Store
 from kptrace.model.identity import Endpoint, Pod, Protocol, ServiceAddress, ServicePort, Snapshot
 
 TCP, UDP = Protocol.TCP, Protocol.UDP
 
 
-def service(name: str, created: int = 1, ips: tuple[str, ...] = ("10.0.0.1",), node_port: int = 0) -> ServiceRecord:
+def service(
+    name: str, created: int = 1, ips: tuple[str, ...] = ("10.0.0.1",), node_port: int = 0
+) -> ServiceRecord:
     """A Service `ns/NAME` with the port 80 named http."""
     port = PortRecord(ServicePort("ns", name, "http", TCP), "http", 80, node_port)
     return ServiceRecord("ns", name, created, (port,), ips)
@@ -47,7 +57,10 @@ def test_a_service_is_found_by_address_and_node_port() -> None:
     """Every address with every port leads to the Service port; so does the node port."""
     snapshot = made_of(service("web", ips=("10.0.0.1", "fd00::1"), node_port=30080))
     web = ServicePort("ns", "web", "http", TCP)
-    assert snapshot.services == {ServiceAddress("10.0.0.1", 80, TCP): web, ServiceAddress("fd00::1", 80, TCP): web}
+    assert snapshot.services == {
+        ServiceAddress("10.0.0.1", 80, TCP): web,
+        ServiceAddress("fd00::1", 80, TCP): web,
+    }
     assert snapshot.node_ports == {(30080, TCP): web}
     assert snapshot.endpoints == {}
 
@@ -144,7 +157,10 @@ services = st.builds(
         created,
         tuple(
             PortRecord(
-                ServicePort("ns", name, port.name, port.service_port.protocol), port.name, port.number, port.node_port
+                ServicePort("ns", name, port.name, port.service_port.protocol),
+                port.name,
+                port.number,
+                port.node_port,
             )
             for port in found
         ),
@@ -178,7 +194,10 @@ gone = st.builds(
 events: st.SearchStrategy[Event] = records | gone
 
 
-@given(history=st.lists(st.tuples(events, st.booleans()), max_size=40), shuffled=st.randoms(use_true_random=False))
+@given(
+    history=st.lists(st.tuples(events, st.booleans()), max_size=40),
+    shuffled=st.randoms(use_true_random=False),
+)
 def test_any_history_of_the_same_objects_gives_the_same_snapshot(
     history: list[tuple[Event, bool]], shuffled: Any
 ) -> None:

@@ -141,7 +141,9 @@ def test_events_may_be_cut_anywhere() -> None:
 
 def test_a_long_list_comes_in_pages() -> None:
     """Pages make one list, with the version of the last."""
-    server = Server(Answer(listing(raw("a"), version="7", more="token")), Answer(listing(raw("b"), version="8")))
+    server = Server(
+        Answer(listing(raw("a"), version="7", more="token")), Answer(listing(raw("b"), version="8"))
+    )
     server.answers.append(Answer())
     assert names(server.messages()[0]) == ["a", "b"]
     assert server.queries[1]["continue"] == "token"

@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
             line = json.dumps(item).encode() + b"\n"
             self.wfile.write(f"{len(line):x}\r\n".encode() + line + b"\r\n")
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it so
         """Say nothing."""
 
 
@@ -199,7 +199,9 @@ def test_services_are_listed_and_watched(server: ApiServer, watching: Watcher) -
 
 def test_full_watches_pods_of_this_node_and_the_node(server: ApiServer, watching: Watcher) -> None:
     """Each resource has a thread and a state of its own; ready means all of them."""
-    server.items["/api/v1/pods"] = [{"metadata": {"name": "p", "namespace": "ns"}, "status": {"podIP": "10.1.0.1"}}]
+    server.items["/api/v1/pods"] = [
+        {"metadata": {"name": "p", "namespace": "ns"}, "status": {"podIP": "10.1.0.1"}}
+    ]
     server.items["/api/v1/nodes"] = [{"metadata": {"name": "n1"}}]
     identity = watching(server.server_port, Level.FULL, endpoint_slices=True)
     until(identity, lambda: identity.ready)
@@ -234,8 +236,12 @@ def test_a_stream_that_ends_is_watched_again_without_a_list(server: ApiServer, w
     assert (server.counts["list"], reasons(identity)) == (1, {"ok"})
 
 
-@pytest.mark.parametrize(("status", "reason"), [(401, "unauthorized"), (403, "forbidden"), (503, "server_error")])
-def test_a_refusal_is_a_state_until_it_ends(server: ApiServer, watching: Watcher, status: int, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("status", "reason"), [(401, "unauthorized"), (403, "forbidden"), (503, "server_error")]
+)
+def test_a_refusal_is_a_state_until_it_ends(
+    server: ApiServer, watching: Watcher, status: int, reason: str
+) -> None:
     """Without rights there are no names, a reason says so, and all is well once the rights are given."""
     server.status = status
     identity = watching(server.server_port)
@@ -276,7 +282,10 @@ def test_nobody_listens_at_the_start(watching: Watcher) -> None:
     identity = watching(port)
     until(identity, lambda: reasons(identity) == {"unreachable"})
     (_, _, errors) = identity.families()
-    assert {sample.labels for sample in errors.samples} >= {("api", "unreachable"), ("api", "malformed_object")}
+    assert {sample.labels for sample in errors.samples} >= {
+        ("api", "unreachable"),
+        ("api", "malformed_object"),
+    }
 
 
 def test_a_server_that_hangs_does_not_keep_the_watch_from_ending(watching: Watcher) -> None:
@@ -320,10 +329,17 @@ def test_a_kubeconfig_that_is_none_is_a_state(tmp_path: Path) -> None:
 def test_a_full_queue_makes_the_watch_wait_and_loses_nothing(server: ApiServer, watching: Watcher) -> None:
     """Many events, far more than the queue holds, all arrive although nobody polls meanwhile."""
     identity = watching(server.server_port)
-    until(identity, lambda: server.counts["watch"] == 1)
+    until(identity, lambda: server.counts["watch"] == 1 and identity.ready)
+    feed = identity._feed
+    assert isinstance(feed, WatchFeed)
     count = QUEUE_LENGTH * 3
     for index in range(count):
         value = raw(f"s{index}", 101 + index, f"10.97.{index // 256}.{index % 256}")
         server.events.put({"type": "ADDED", "object": value})
-    until(identity, server.events.empty)
+    deadline = time.monotonic() + 20
+    while not feed._queue.full():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    assert names(identity) == ["one"]
     until(identity, lambda: len(names(identity)) == count + 1)
+    assert reasons(identity) == {"ok"}
