@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make bench`: what kptrace costs on this machine, written to docs/overhead.md; `--check` fails above twice a budget."""
+"""`make bench`: what kptrace costs here, written to docs/overhead.md; `--check` fails above twice a budget."""
 
 import argparse
 import os
@@ -71,12 +71,14 @@ def build_loops(folder: Path) -> Path:
 
 
 def packets(bytecode: Bytecode, loops: Path) -> list[Figure]:
-    """ns per packet of a bracket, over the same flood, in one interleaved run on one CPU."""
+    """Time per packet of a bracket, over the same flood, in one interleaved run on one CPU."""
     with Namespace("bench") as namespace:
         namespace.run(["nft", "-f", "-"], stdin=CHAIN)
 
         def flood() -> float:
-            out = namespace.run(["taskset", "-c", str(max(os.sched_getaffinity(0))), str(loops), "sendto", str(PACKETS)])
+            out = namespace.run(
+                ["taskset", "-c", str(max(os.sched_getaffinity(0))), str(loops), "sendto", str(PACKETS)]
+            )
             return float(out.split()[0])
 
         def two_empty() -> float:
@@ -150,7 +152,12 @@ def daemon(loops: Path, folder: Path) -> list[Figure]:
                 size = len("\n".join(text.lines("")))
                 figures = [
                     Figure("any syscall, above none traced", after["getppid"] - before["getppid"], "ns", 75),
-                    Figure("sendmsg of a process that writes no rules", after["sendmsg"] - before["sendmsg"], "ns", 250),
+                    Figure(
+                        "sendmsg of a process that writes no rules",
+                        after["sendmsg"] - before["sendmsg"],
+                        "ns",
+                        250,
+                    ),
                     Figure("resident memory after 60 s", rss_mib(process.pid), "MiB", 128),
                     Figure("scrape at 2,000 services", statistics.median(times) * 1e3, "ms", 50),
                     Figure("size of a scrape", size / 1024, "KiB", 1024),
@@ -165,14 +172,17 @@ def daemon(loops: Path, folder: Path) -> list[Figure]:
 def loop(loops: Path, name: str) -> float:
     """Least ns per iteration of five runs."""
     runs = [
-        subprocess.run([str(loops), name, "500000"], check=True, capture_output=True, text=True) for _ in range(5)
+        subprocess.run([str(loops), name, "500000"], check=True, capture_output=True, text=True)
+        for _ in range(5)
     ]
     return min(float(run.stdout.split()[0]) for run in runs)
 
 
 def rss_mib(pid: int) -> float:
     """Resident memory of a process."""
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    line = next(
+        line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")
+    )
     return int(line.split()[1]) / 1024
 
 

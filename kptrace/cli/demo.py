@@ -13,7 +13,9 @@ from kptrace.experiments.netns import sweep
 
 def _keep(kept: Kept) -> None:
     """Stay up until Ctrl-C."""
-    click.echo(f"\nStill running: {kept.url}/metrics (the node: nsenter --net={kept.netns} nft list ruleset). Ctrl-C ends it.")
+    click.echo(
+        f"\nStill running: {kept.url}/metrics (the node: nsenter --net={kept.netns} nft list ruleset). Ctrl-C ends it."
+    )
     try:
         signal.pause()
     except KeyboardInterrupt:
@@ -23,7 +25,13 @@ def _keep(kept: Kept) -> None:
 @click.command(help="Run the whole path on an embedded node and print what it measured.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--keep", is_flag=True, help="Leave the last node and its daemon up until Ctrl-C.")
-@click.option("--services", "sizes", multiple=True, type=click.IntRange(1, 10_000), help="Numbers of services; default 100 and 2000.")
+@click.option(
+    "--services",
+    "sizes",
+    multiple=True,
+    type=click.IntRange(1, 10_000),
+    help="Numbers of services; default 100 and 2000.",
+)
 def command(*, as_json: bool, keep: bool, sizes: tuple[int, ...]) -> int:
     """Run every data plane at every size."""
     logs.configure("console", "warning")

@@ -35,7 +35,9 @@ class _LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=_LazyGroup, context_settings={"auto_envvar_prefix": "KPTRACE", "help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_LazyGroup, context_settings={"auto_envvar_prefix": "KPTRACE", "help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="kptrace")
 def cli() -> None:
     """How long the kernel takes to look a packet up, and how long a rule change takes to reach it.

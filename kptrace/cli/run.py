@@ -32,37 +32,89 @@ def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
     unknown = sorted(defaults.keys() - known)
     if unknown:
         raise UsageError(
-            f"the configuration {path} has an unknown key {unknown[0]!r}", remedy="see 'kptrace run --help' for the names"
+            f"the configuration {path} has an unknown key {unknown[0]!r}",
+            remedy="see 'kptrace run --help' for the names",
         )
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
 
 
-@click.command(help="Measure this node and serve /metrics.", context_settings={"auto_envvar_prefix": "KPTRACE"})
-@click.option("--config", type=_FILE, is_eager=True, expose_value=False, callback=_read_config, help="TOML file of options.")
+@click.command(
+    help="Measure this node and serve /metrics.", context_settings={"auto_envvar_prefix": "KPTRACE"}
+)
+@click.option(
+    "--config",
+    type=_FILE,
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="TOML file of options.",
+)
 @click.option("--config-check", is_flag=True, help="Check the options and exit.")
-@click.option("--netns", type=click.Path(path_type=Path), help="Network namespace to watch; default: the daemon's own.")
+@click.option(
+    "--netns", type=click.Path(path_type=Path), help="Network namespace to watch; default: the daemon's own."
+)
 @click.option("--listen", default=DEFAULT_LISTEN, show_default=True, help="Address of the metrics server.")
 @click.option("--tls-certificate", type=_FILE, help="PEM certificate chain of the server.")
 @click.option("--tls-key", type=_FILE, help="PEM key of the server.")
 @click.option("--tls-client-ca", type=_FILE, help="PEM authority that client certificates must be signed by.")
 @click.option("--identity-file", type=_FILE, help="Manifests to take names from, instead of the API server.")
-@click.option("--identity", type=click.Choice(get_args(IdentityLevel)), default="services", show_default=True, help="What to watch.")
+@click.option(
+    "--identity",
+    type=click.Choice(get_args(IdentityLevel)),
+    default="services",
+    show_default=True,
+    help="What to watch.",
+)
 @click.option("--kubeconfig", type=_FILE, help="How to reach the API server; default: in-cluster.")
 @click.option("--node-name", default="", help="This node's name.")
 @click.option("--sample", default="1:64", show_default=True, help="'all', REST or FIRST:REST divisors.")
 @click.option("--overhead-budget", default="0.5%", show_default=True, help="Share of one core, or 'off'.")
 @click.option("--brackets-with-nfqueue", is_flag=True, help="Bracket a namespace that has an NFQUEUE.")
-@click.option("--lookup-mechanism", type=click.Choice(get_args(LookupMechanism)), default="auto", show_default=True, help="How to time look-ups.")
+@click.option(
+    "--lookup-mechanism",
+    type=click.Choice(get_args(LookupMechanism)),
+    default="auto",
+    show_default=True,
+    help="How to time look-ups.",
+)
 @click.option("--rewrites/--no-rewrites", default=True, show_default=True, help="Measure rule changes.")
 @click.option("--writer", "writers", multiple=True, metavar="NAME=PATTERN", help="Another writer class.")
-@click.option("--max-series", type=click.IntRange(100, 100_000), default=4000, show_default=True, help="Series of one scrape.")
+@click.option(
+    "--max-series",
+    type=click.IntRange(100, 100_000),
+    default=4000,
+    show_default=True,
+    help="Series of one scrape.",
+)
 @click.option("--status-names", is_flag=True, help="Show names of services and pods in /status.")
-@click.option("--cache-dir", default=_DEFAULT_CACHE, show_default=True, help="Where compiled programs are kept; 'none'.")
+@click.option(
+    "--cache-dir", default=_DEFAULT_CACHE, show_default=True, help="Where compiled programs are kept; 'none'."
+)
 @click.option("--ready-file", type=_FILE, help="Write the port here once samples can come.")
-@click.option("--proc-root", default="/proc", show_default=True, type=click.Path(path_type=Path), help="The host's /proc.")
-@click.option("--sys-root", default="/sys", show_default=True, type=click.Path(path_type=Path), help="The host's /sys.")
-@click.option("--log-format", type=click.Choice(get_args(logs.LogFormat)), default="json", show_default=True, help="Log lines.")
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True, help="Least level to log.")
+@click.option(
+    "--proc-root",
+    default="/proc",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="The host's /proc.",
+)
+@click.option(
+    "--sys-root", default="/sys", show_default=True, type=click.Path(path_type=Path), help="The host's /sys."
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(get_args(logs.LogFormat)),
+    default="json",
+    show_default=True,
+    help="Log lines.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="Least level to log.",
+)
 def command(
     *,
     config_check: bool,

@@ -3,7 +3,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,8 +16,7 @@ from kptrace.export.registry import Exporter
 from kptrace.export.selfmetrics import SelfMetrics
 from kptrace.export.server import MetricsServer, TlsFiles
 from kptrace.export.status import StatusPage
-
-_BUILD_SECONDS_DIGITS = 3
+from kptrace.model.signal import Source
 
 
 class Daemon:
@@ -37,12 +36,42 @@ class Daemon:
         with ExitStack() as stack:
             loop = Loop()
             stack.callback(loop.close)
-            self._end_on_signals(loop, stack)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before = signal.signal(number, lambda *_: loop.call_soon_threadsafe(loop.stop))
+                stack.callback(signal.signal, number, before)
             parts = Parts(self._settings, loop)
             stack.callback(parts.close)
-            server = self._serve(parts, stack)
+            server = self._server(parts)
+            stack.callback(server.close)
+            server.start()
             parts.start()
-            self._tell_port(server.port, stack)
-            self._log.info("ready", port=server.port, states={s.signal: s.state.value for s in parts.states()})
+            if self._settings.ready_file is not None:
+                _write_whole(self._settings.ready_file, f"{server.port}\n")
+            self._log.info("ready", port=server.port, from_cache=parts.from_cache)
             loop.run()
             self._log.info("stopping")
+
+    def _server(self, parts: Parts) -> MetricsServer:
+        settings = self._settings
+        own = SelfMetrics(parts.states, parts.losses)
+
+        def sources() -> Sequence[Source]:
+            return [*parts.sources, own]
+
+        tls = None
+        if settings.tls_certificate is not None and settings.tls_key is not None:
+            tls = TlsFiles(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+        return MetricsServer(
+            settings.address(),
+            Exporter(sources, max_series=settings.max_series),
+            StatusPage(parts.states, parts.sections),
+            lambda: parts.ready,
+            tls,
+        )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that nobody sees half of."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)

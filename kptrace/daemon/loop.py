@@ -122,6 +122,6 @@ class Loop:
     def _call(self, callback: Callback) -> None:
         try:
             callback()
-        except Exception:
+        except Exception:  # noqa: BLE001  (logged with its traceback and counted: one bug must not end the daemon)
             self.failures += 1
             self._log.exception("callback_failed", callback=getattr(callback, "__qualname__", repr(callback)))

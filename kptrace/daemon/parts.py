@@ -76,8 +76,8 @@ class Parts:
 
     @property
     def ready(self) -> bool:
-        """Whether programs are attached and the names are known."""
-        return self._started and self.identity.ready
+        """Whether what can be attached is attached. Names may come later: an API server that is away changes nothing."""
+        return self._started
 
     def states(self) -> list[MechanismState]:
         """Every mechanism's state."""
@@ -86,6 +86,15 @@ class Parts:
     def losses(self) -> Mapping[tuple[str, str], int]:
         """Lost events by signal and reason, of the daemon's own loop."""
         return {("daemon", "callback_failed"): self._loop.failures}
+
+    def sections(self) -> Mapping[str, object]:
+        """What /status shows besides the states."""
+        losses = {f"{signal}/{reason}": count for (signal, reason), count in self.losses().items()}
+        return {
+            "losses": losses,
+            "compiled_from_cache": self.from_cache,
+            "netns": str(self._settings.netns or "own"),
+        }
 
     def start(self) -> None:
         """Compile, attach and begin; names from a file are known when this returns.
@@ -103,7 +112,9 @@ class Parts:
 
     def _compile(self) -> Bytecode | None:
         if self._settings.lookup_mechanism == "off":
-            self.sources.append(Missing(MechanismState("lookup", "bracket", State.OFF, "disabled", "--lookup-mechanism=off")))
+            self.sources.append(
+                Missing(MechanismState("lookup", "bracket", State.OFF, "disabled", "--lookup-mechanism=off"))
+            )
             return None
         compiler = Compiler(self._settings.host.sys / "kernel/btf/vmlinux", self._settings.cache_dir)
         try:
@@ -120,7 +131,9 @@ class Parts:
             kernel = LookupKernel(code)
         except KernelError as error:
             if error.errno == 1:
-                raise PrivilegeError(f"the kernel refuses BPF maps: {error}", remedy="run as root, or grant CAP_BPF") from error
+                raise PrivilegeError(
+                    f"the kernel refuses BPF maps: {error}", remedy="run as root, or grant CAP_BPF"
+                ) from error
             self._unavailable("lookup", "bracket", "maps_refused", error)
             return
         self._stack.callback(kernel.close)
@@ -144,7 +157,9 @@ class Parts:
         self.sources.append(lookup)
 
     def _unavailable(self, signal: str, mechanism: str, reason: str, error: Exception) -> None:
-        self._log.error("signal_unavailable", signal=signal, mechanism=mechanism, reason=reason, error=str(error))
+        self._log.error(
+            "signal_unavailable", signal=signal, mechanism=mechanism, reason=reason, error=str(error)
+        )
         self.sources.append(Missing(MechanismState(signal, mechanism, State.UNAVAILABLE, reason, str(error))))
 
     def close(self) -> None:

@@ -72,7 +72,8 @@ class Settings:
         host, colon, port = self.listen.rpartition(":")
         if not colon or not port.isdigit() or int(port) > 0xFFFF:
             raise UsageError(
-                f"--listen {self.listen!r} is not ADDRESS:PORT", remedy="give for example 127.0.0.1:10777 or [::1]:10777"
+                f"--listen {self.listen!r} is not ADDRESS:PORT",
+                remedy="give for example 127.0.0.1:10777 or [::1]:10777",
             )
         return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104  (":10777" asks for every address)
 
@@ -90,5 +91,7 @@ def parse_budget(text: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 < share <= 1:
-        raise UsageError(f"--overhead-budget {text!r} is not a share of one core", remedy="give for example 0.5%, or off")
+        raise UsageError(
+            f"--overhead-budget {text!r} is not a share of one core", remedy="give for example 0.5%, or off"
+        )
     return share

@@ -29,7 +29,9 @@ def attach_netfilter(program: int, nfproto: int, hook: int, priority: int) -> in
         PriorityTaken: something sits at that priority.
         KernelError: anything else that the kernel refused.
     """
-    attr = struct.pack("<IIIIIIiI", program, 0, AttachType.NETFILTER, 0, nfproto, hook, priority, 0) + bytes(32)
+    attr = struct.pack("<IIIIIIiI", program, 0, AttachType.NETFILTER, 0, nfproto, hook, priority, 0) + bytes(
+        32
+    )
     try:
         return bpf(Command.LINK_CREATE, attr)
     except KernelError as error:
@@ -52,7 +54,8 @@ def attach_tracepoint(program: int, tracefs: Tracefs, group: str, name: str) -> 
     event = syscall(
         "perf_event_open",
         ctypes.create_string_buffer(
-            struct.pack("<IIQQQQQ", _PERF_TYPE_TRACEPOINT, 128, tracefs.event_id(group, name), 1, 0, 0, 0) + bytes(80)
+            struct.pack("<IIQQQQQ", _PERF_TYPE_TRACEPOINT, 128, tracefs.event_id(group, name), 1, 0, 0, 0)
+            + bytes(80)
         ),
         ctypes.c_int(-1),
         ctypes.c_int(0),
@@ -64,5 +67,7 @@ def attach_tracepoint(program: int, tracefs: Tracefs, group: str, name: str) -> 
         fcntl.ioctl(event, _PERF_EVENT_IOC_ENABLE, 0)
     except OSError as error:
         os.close(event)
-        raise KernelError(f"cannot attach to {group}:{name}: {error.strerror}", errno=error.errno or 0) from error
+        raise KernelError(
+            f"cannot attach to {group}:{name}: {error.strerror}", errno=error.errno or 0
+        ) from error
     return event

@@ -77,7 +77,9 @@ def link(
         op, regs, off, imm = _INSN.unpack_from(code, at)
         if index in function.maps:
             name = function.maps[index]
-            _INSN.pack_into(code, at, op, (regs & 0x0F) | _PSEUDO_MAP_FD << 4, off, _filling(map_fds, name, "map"))
+            _INSN.pack_into(
+                code, at, op, (regs & 0x0F) | _PSEUDO_MAP_FD << 4, off, _filling(map_fds, name, "map")
+            )
         elif op == _CALL and KFUNC_BASE <= imm < KFUNC_BASE + 16:
             btf_id = _filling(kfuncs, imm - KFUNC_BASE, "kernel function")
             _INSN.pack_into(code, at, op, (regs & 0x0F) | _PSEUDO_KFUNC_CALL << 4, 0, btf_id)
@@ -88,7 +90,9 @@ def link(
             # A 32-bit register move turns a kernel pointer into a scalar, which pointer arithmetic may not. BCC's
             # default target has no such instruction, so the source marks the 64-bit move before this addition.
             if index == 0 or code[at - 8] != _MOV64_X:
-                raise CompileError("the low-32 mark does not follow a register move", remedy="report this as a bug")
+                raise CompileError(
+                    "the low-32 mark does not follow a register move", remedy="report this as a bug"
+                )
             code[at - 8] = _MOV32_X
             _INSN.pack_into(code, at, op, regs, 0, 0)
     return bytes(code)
@@ -98,4 +102,6 @@ def _filling(table: Mapping[_K, int], key: _K, kind: str) -> int:
     try:
         return table[key]
     except KeyError:
-        raise CompileError(f"no {kind} {key!r} to link the program with", remedy="report this as a bug") from None
+        raise CompileError(
+            f"no {kind} {key!r} to link the program with", remedy="report this as a bug"
+        ) from None

@@ -112,13 +112,22 @@ class Compiler:
             )
         except subprocess.TimeoutExpired as error:
             raise CompileError(
-                f"the compile child did not end within {_TIMEOUT_SECONDS} s", remedy="give the daemon more CPU"
+                f"the compile child did not end within {_TIMEOUT_SECONDS} s",
+                remedy="give the daemon more CPU",
             ) from error
         if child.returncode != 0:
             lines = [line for line in child.stderr.strip().splitlines() if line.strip()]
-            telling = next((line for line in lines if "error:" in line), lines[-1] if lines else "it said nothing")
-            remedy = "install Debian's python3-bpfcc" if "No module named 'bcc'" in child.stderr else "report this as a bug"
-            raise CompileError(f"the compile child failed ({child.returncode}): {telling.strip()}", remedy=remedy)
+            telling = next(
+                (line for line in lines if "error:" in line), lines[-1] if lines else "it said nothing"
+            )
+            remedy = (
+                "install Debian's python3-bpfcc"
+                if "No module named 'bcc'" in child.stderr
+                else "report this as a bug"
+            )
+            raise CompileError(
+                f"the compile child failed ({child.returncode}): {telling.strip()}", remedy=remedy
+            )
         return child.stdout
 
     def _read_cache(self, key: str) -> list[Bytecode] | None:
@@ -157,7 +166,12 @@ def _decode(text: str) -> list[Bytecode]:
                 },
                 maps={
                     m["name"]: MapSpec(
-                        m["name"], MapType(m["type"]), m["key_size"], m["value_size"], m["max_entries"], m["flags"]
+                        m["name"],
+                        MapType(m["type"]),
+                        m["key_size"],
+                        m["value_size"],
+                        m["max_entries"],
+                        m["flags"],
                     )
                     for m in item["maps"]
                 },
@@ -166,4 +180,6 @@ def _decode(text: str) -> list[Bytecode]:
             for item in answer
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CompileError(f"the compiler's answer cannot be read: {error!r}", remedy="delete the cache") from error
+        raise CompileError(
+            f"the compiler's answer cannot be read: {error!r}", remedy="delete the cache"
+        ) from error

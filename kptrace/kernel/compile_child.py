@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compile child: `python -m kptrace.kernel.compile_child` with a question on stdin and the answer on stdout.
 
-The only importer of bcc. It makes the maps that BCC insists on, compiles, takes the bytecode out, and exits: nothing that
-it made outlives it.
+The only importer of bcc. It makes the maps that BCC insists on, compiles, takes the bytecode out, and exits: nothing
+that it made outlives it.
 """
 
 import ctypes
@@ -101,7 +101,10 @@ def main() -> None:
         sys.stderr.write(f"RLIMIT_MEMLOCK stays: {error}\n")
     with tempfile.TemporaryDirectory(prefix="kptrace-headers-") as folder:
         tree = write_tree(
-            Path(folder), machine=platform.machine(), release=platform.release(), page_size=os.sysconf("SC_PAGE_SIZE")
+            Path(folder),
+            machine=platform.machine(),
+            release=platform.release(),
+            page_size=os.sysconf("SC_PAGE_SIZE"),
         )
         os.environ["BCC_KERNEL_SOURCE"] = str(tree)
         btf = Btf.load(Path(question["btf"]))

@@ -27,7 +27,8 @@ class RingBuffer:
             self._libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
         except OSError as error:
             raise UnsupportedError(
-                f"libbpf.so.1 cannot be loaded: {error}", remedy="install Debian's python3-bpfcc, which brings libbpf1"
+                f"libbpf.so.1 cannot be loaded: {error}",
+                remedy="install Debian's python3-bpfcc, which brings libbpf1",
             ) from error
         self._libbpf.ring_buffer__new.restype = ctypes.c_void_p
         self._libbpf.ring_buffer__new.argtypes = [ctypes.c_int, _CALLBACK, ctypes.c_void_p, ctypes.c_void_p]
@@ -40,7 +41,7 @@ class RingBuffer:
             # An exception cannot cross C: keep the first, and raise it from consume().
             try:
                 on_record(ctypes.string_at(data, size))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  (raised again by consume)
                 self._failure = self._failure or error
             return 0
 

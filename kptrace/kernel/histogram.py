@@ -2,7 +2,8 @@
 """The kernel's histogram slots, and the fixed ladders they are exposed on.
 
 In the kernel a histogram has four linear steps per power of two, from 16 ns on; `bpf/include/kptrace/hist.h` has the
-same arithmetic. Slot k holds durations in (lo, hi] nanoseconds, so that `le` is true: an upper edge belongs to its slot.
+same arithmetic. Slot k holds durations in (lo, hi] nanoseconds, so that `le` is true: an upper edge belongs to its
+slot.
 """
 
 import math
@@ -16,7 +17,23 @@ OCTAVES = 27
 SLOTS = 1 + STEPS * OCTAVES + 1
 
 #: Edges of the lookup ladder in seconds, denser from 0.5 to 8 us: 16 edges with +Inf.
-LOOKUP_LADDER_NS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 65536, 1 << 20, 1 << 24)
+LOOKUP_LADDER_NS = (
+    64,
+    128,
+    256,
+    512,
+    768,
+    1024,
+    1536,
+    2048,
+    3072,
+    4096,
+    8192,
+    16384,
+    65536,
+    1 << 20,
+    1 << 24,
+)
 #: Eight edges with +Inf, for one histogram per service.
 SERVICE_LADDER_NS = (512, 1024, 2048, 4096, 8192, 32768, 262144)
 

@@ -94,7 +94,8 @@ def load_program(
         except KernelError as second:
             lines = log.value.decode(errors="replace").strip().splitlines()[-12:]
             raise KernelError(
-                f"the kernel refused to load the program {name}: {second}: {' | '.join(lines)}", errno=second.errno
+                f"the kernel refused to load the program {name}: {second}: {' | '.join(lines)}",
+                errno=second.errno,
             ) from second
 
 

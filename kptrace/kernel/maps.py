@@ -101,7 +101,10 @@ class Map:
             current = ctypes.create_string_buffer(key, self.spec.key_size) if key is not None else None
             address = ctypes.addressof(current) if current is not None else 0
             try:
-                bpf(Command.MAP_GET_NEXT_KEY, struct.pack("<IIQQQ", self.fd, 0, address, ctypes.addressof(following), 0))
+                bpf(
+                    Command.MAP_GET_NEXT_KEY,
+                    struct.pack("<IIQQQ", self.fd, 0, address, ctypes.addressof(following), 0),
+                )
             except KernelError as error:
                 if error.errno == errno.ENOENT:
                     return

@@ -38,7 +38,8 @@ class NetworkNamespace:
         except KernelError as error:
             os.close(self._fd)
             raise UsageError(
-                f"{path} is not a network namespace that can be entered: {error}", remedy="see 'ip netns list'"
+                f"{path} is not a network namespace that can be entered: {error}",
+                remedy="see 'ip netns list'",
             ) from error
 
     @contextmanager

@@ -30,6 +30,8 @@ def struct_definition(btf: Btf, name: str) -> str:
         BtfError: the BTF contradicts itself.
     """
     found = btf.type(btf.struct_id(name))
+    if not _IDENTIFIER.fullmatch(name):
+        raise BtfError(f"{name} is no structure of C")
     body = _Writer(btf).aggregate(found.id, 0)
     alignment = math.gcd(found.value, 8) or 8
     return f"struct {name} {body} __attribute__((packed, aligned({alignment})));\n"
@@ -50,24 +52,23 @@ class _Writer:
             raise BtfError(f"corrupt BTF: the structure {header.name} never ends")
         indent = "\t" * (depth + 1)
         lines: list[str] = []
-        at = 0  # bits
+        at = end = 0  # bits
         for member in members:
-            bits = member.bits or 8 * self._size(member)
+            if member.name and not _IDENTIFIER.fullmatch(member.name):
+                continue  # the next hole covers it
+            bits = member.bits or 8 * self._btf.size_of(member.type_id)
             if member.bit_offset < at or member.bit_offset + bits > 8 * header.value:
                 raise BtfError(
                     f"corrupt BTF: the member {member.name} of {header.name} lies outside its place"
                 )
             lines += self._hole(at, member.bit_offset)
             lines.append(self._declare(member, bits, depth))
-            # Every member of a union begins at its start.
-            at = member.bit_offset + bits if header.kind is Kind.STRUCT else 0
-        # A union gets its size from a member of its own.
-        lines += self._hole(at, 8 * header.value)
+            end = max(end, member.bit_offset + bits)
+            at = end if header.kind is Kind.STRUCT else 0
+        if end < 8 * header.value:
+            lines += self._hole(at, 8 * header.value)
         inside = "".join(f"{indent}{line}\n" for line in lines)
         return f"{{\n{inside}{indent[1:]}}}"
-
-    def _size(self, member: Member) -> int:
-        return self._btf.size_of(member.type_id)
 
     def _hole(self, start: int, end: int) -> list[str]:
         """Declarations that fill the bits between two members."""
@@ -87,8 +88,6 @@ class _Writer:
         return f"__hole{self._holes}"
 
     def _declare(self, member: Member, bits: int, depth: int) -> str:
-        if member.name and not _IDENTIFIER.fullmatch(member.name):
-            return "\n".join(self._hole(member.bit_offset, member.bit_offset + bits))
         if member.bits:
             word = self._scalar(self._btf.strip(member.type_id)) or "unsigned long long"
             return f"{word} {member.name} : {member.bits};"
@@ -99,13 +98,9 @@ class _Writer:
         while found.kind is Kind.ARRAY and len(dimensions) < 100:
             element, count = self._btf.array(found.id)
             found, dimensions = self._btf.strip(element), f"{dimensions}[{count}]"
-        packed = ""
         if found.kind in (Kind.STRUCT, Kind.UNION):
-            word = f"{found.kind.name.lower()} {self.aggregate(found.id, depth + 1)}"
-            packed = " __attribute__((packed))"
-            if not member.name:
-                return f"{word}{packed};"
-            return f"{word}{packed} {member.name}{dimensions};"
+            body = f"{found.kind.name.lower()} {self.aggregate(found.id, depth + 1)} __attribute__((packed))"
+            return f"{body} {member.name}{dimensions};" if member.name else f"{body};"
         scalar = self._scalar(found)
         name = member.name or self._hole_name()
         if scalar:
@@ -117,7 +112,7 @@ class _Writer:
         if found.kind is Kind.PTR:
             target = self._btf.strip(found.value)
             named = target.kind is Kind.STRUCT and _IDENTIFIER.fullmatch(target.name)
-            return f"struct {target.name} *" if named else "void *"
+            return f"struct {target.name}*" if named else "void*"
         if found.value not in _WORD:
             return ""
         if found.kind is Kind.INT:

@@ -65,13 +65,13 @@ def syscall(name: str, *arguments: object) -> int:
 
 
 def bpf(command: int, attr: bytes) -> int:
-    """bpf(2) with an input-only attribute; the result is a file descriptor or 0."""
+    """Make a BPF call with an input-only attribute; the result is a file descriptor or 0."""
     buffer = ctypes.create_string_buffer(attr, len(attr))
     return syscall("bpf", ctypes.c_int(command), buffer, ctypes.c_uint(len(attr)))
 
 
 def bpf_inout(command: int, attr: bytearray) -> int:
-    """bpf(2) whose attribute the kernel also writes to; `attr` has the answer afterwards."""
+    """Make a BPF call whose attribute the kernel also writes to; `attr` has the answer afterwards."""
     buffer = (ctypes.c_char * len(attr)).from_buffer(attr)
     return syscall("bpf", ctypes.c_int(command), buffer, ctypes.c_uint(len(attr)))
 

@@ -64,7 +64,14 @@ def _private_mount() -> int:
     """Mount tracefs without attaching it to any tree: the mount ends with its descriptor."""
     context = syscall("fsopen", ctypes.c_char_p(b"tracefs"), ctypes.c_uint(_FSOPEN_CLOEXEC))
     try:
-        syscall("fsconfig", ctypes.c_int(context), ctypes.c_uint(_FSCONFIG_CMD_CREATE), None, None, ctypes.c_int(0))
+        syscall(
+            "fsconfig",
+            ctypes.c_int(context),
+            ctypes.c_uint(_FSCONFIG_CMD_CREATE),
+            None,
+            None,
+            ctypes.c_int(0),
+        )
         return syscall("fsmount", ctypes.c_int(context), ctypes.c_uint(_FSMOUNT_CLOEXEC), ctypes.c_uint(0))
     finally:
         os.close(context)

@@ -7,8 +7,6 @@ from enum import IntEnum
 from types import MappingProxyType
 
 
-
-
 class Protocol(IntEnum):
     """An IP protocol number that a Service port can have."""
 
@@ -93,7 +91,11 @@ class Snapshot:
     revision: int = 0
     taken_at: float = 0.0
     services: Mapping[ServiceAddress, ServicePort] = field(default_factory=lambda: MappingProxyType({}))
-    node_ports: Mapping[tuple[int, Protocol], ServicePort] = field(default_factory=lambda: MappingProxyType({}))
-    endpoints: Mapping[ServicePort, tuple[Endpoint, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    node_ports: Mapping[tuple[int, Protocol], ServicePort] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+    endpoints: Mapping[ServicePort, tuple[Endpoint, ...]] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
     pods_by_ip: Mapping[str, Pod] = field(default_factory=lambda: MappingProxyType({}))
     nodes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lookup signal by hook brackets: plans them, keeps them linked, governs their cost, and reports what they measured."""
+"""The lookup signal by hook brackets: plans them, keeps them linked, governs their cost, reports what they measured."""
 
 import time
 from array import array
@@ -32,20 +32,36 @@ GOVERN_SECONDS = 1.0
 TOP_SECONDS = 10.0
 
 FLOOR_SPEC = MetricSpec(
-    "kptrace_lookup_floor_seconds", "gauge", "What a bracket around no chain reads in the mean; never subtracted.", ("mechanism",)
+    "kptrace_lookup_floor_seconds",
+    "gauge",
+    "What a bracket around no chain reads in the mean; never subtracted.",
+    ("mechanism",),
 )
 SAMPLING_SPEC = MetricSpec(
-    "kptrace_sampling_ratio", "gauge", "Share of packets that is timed, by walk; 0 while detached.", ("signal", "walk")
+    "kptrace_sampling_ratio",
+    "gauge",
+    "Share of packets that is timed, by walk; 0 while detached.",
+    ("signal", "walk"),
 )
 OVERHEAD_SPEC = MetricSpec(
-    "kptrace_overhead_ratio", "gauge", "Share of one core that the signal's programs cost, as estimated from packet rates.", ("signal",)
+    "kptrace_overhead_ratio",
+    "gauge",
+    "Share of one core that the signal's programs cost, as estimated from packet rates.",
+    ("signal",),
 )
 BUDGET_SPEC = MetricSpec(
-    "kptrace_overhead_budget_ratio", "gauge", "Share of one core that the signal's programs may cost; 0 without a limit.", ("signal",)
+    "kptrace_overhead_budget_ratio",
+    "gauge",
+    "Share of one core that the signal's programs may cost; 0 without a limit.",
+    ("signal",),
 )
-REPLANS_SPEC = MetricSpec("kptrace_lookup_replans_total", "counter", "How often the brackets were planned anew.")
+REPLANS_SPEC = MetricSpec(
+    "kptrace_lookup_replans_total", "counter", "How often the brackets were planned anew."
+)
 REFUSED_SPEC = MetricSpec(
-    "kptrace_lookup_services_refused", "gauge", "Service addresses beyond what the kernel's map may hold: not measured by name."
+    "kptrace_lookup_services_refused",
+    "gauge",
+    "Service addresses beyond what the kernel's map may hold: not measured by name.",
 )
 SPECS = (
     cells.LOOKUP_SPEC,
@@ -204,12 +220,16 @@ class LookupSignal:
             )
             return
         if waiting:
-            self._state = self._row(State.DEGRADED, "nfqueue_waiting", f"{waiting} packets wait: re-planning is put off")
+            self._state = self._row(
+                State.DEGRADED, "nfqueue_waiting", f"{waiting} packets wait: re-planning is put off"
+            )
             return
         if not self._governor.attached:
             self._links.close()
             self._plan = None
-            self._state = self._row(State.OFF, "over_budget", "detached: the look-ups cost more than --overhead-budget")
+            self._state = self._row(
+                State.OFF, "over_budget", "detached: the look-ups cost more than --overhead-budget"
+            )
             self._due = False
             return
         chains = self._chains.read()
@@ -219,17 +239,26 @@ class LookupSignal:
         taken = self._links.change(change.remove, change.add)
         if change.add or change.remove:
             self._replans += 1
-            self._log.info("brackets_planned", brackets=len(new.brackets), linked=len(change.add), unlinked=len(change.remove))
+            self._log.info(
+                "brackets_planned",
+                brackets=len(new.brackets),
+                linked=len(change.add),
+                unlinked=len(change.remove),
+            )
         self._plan = new
         self._due = bool(taken)
         if new.omitted:
             reasons = ", ".join(sorted({each.reason for each in new.omitted}))
             count = sum(len(each.chains) for each in new.omitted)
-            self._state = self._row(State.DEGRADED, new.omitted[0].reason, f"{count} base chains are not measured: {reasons}")
+            self._state = self._row(
+                State.DEGRADED, new.omitted[0].reason, f"{count} base chains are not measured: {reasons}"
+            )
         elif new.brackets:
             self._state = self._row(State.ACTIVE, "ok", f"{len(new.brackets)} brackets")
         else:
-            self._state = self._row(State.ACTIVE, "no_base_chains", "no base chain is installed in the watched namespace")
+            self._state = self._row(
+                State.ACTIVE, "no_base_chains", "no base chain is installed in the watched namespace"
+            )
 
     def _let_go(self) -> None:
         self._links.close()
@@ -254,7 +283,9 @@ class LookupSignal:
         self._overhead = ((first + rest) * SAMPLED_NS + skipped * UNSAMPLED_NS) / 1e9 / elapsed
         before, self._governor = self._governor, self._governor.step(self._overhead)
         if self._governor.factor != before.factor:
-            self._log.warning("sampling_changed", factor=self._governor.factor, overhead=round(self._overhead, 5))
+            self._log.warning(
+                "sampling_changed", factor=self._governor.factor, overhead=round(self._overhead, 5)
+            )
             self._arm()
             if self._governor.attached != before.attached:
                 self._due = True
@@ -299,9 +330,15 @@ class LookupSignal:
         seen = self._published
         yield MetricFamily(
             cells.LOOKUP_SPEC,
-            list(cells.lookup_samples(self._kernel.memory("cells"), seen.labels, mechanism="bracket", netns="host")),
+            list(
+                cells.lookup_samples(
+                    self._kernel.memory("cells"), seen.labels, mechanism="bracket", netns="host"
+                )
+            ),
         )
-        yield MetricFamily(cells.UNPAIRED_SPEC, list(cells.unpaired_samples(self._kernel.memory("counts"), seen.labels)))
+        yield MetricFamily(
+            cells.UNPAIRED_SPEC, list(cells.unpaired_samples(self._kernel.memory("counts"), seen.labels))
+        )
         yield MetricFamily(cells.BRACKET_SPEC, list(_bracket_info(seen.plan)))
         names = self._services.names
         if names:
@@ -309,7 +346,9 @@ class LookupSignal:
         if seen.floor is not None:
             yield MetricFamily(FLOOR_SPEC, [Sample(("bracket",), seen.floor)])
         first, rest = seen.ratios
-        yield MetricFamily(SAMPLING_SPEC, [Sample(("lookup", "first"), first), Sample(("lookup", "rest"), rest)])
+        yield MetricFamily(
+            SAMPLING_SPEC, [Sample(("lookup", "first"), first), Sample(("lookup", "rest"), rest)]
+        )
         yield MetricFamily(OVERHEAD_SPEC, [Sample(("lookup",), seen.overhead)])
         yield MetricFamily(BUDGET_SPEC, [Sample(("lookup",), self._options.budget)])
         yield MetricFamily(REPLANS_SPEC, [Sample((), float(seen.replans))])
@@ -326,5 +365,11 @@ class LookupSignal:
 def _bracket_info(current: Plan | None) -> Iterable[Sample]:
     for bracket in current.brackets if current else ():
         for table, chain in sorted(set(bracket.members)):
-            labels = (bracket.dataplane.value, bracket.family.value, bracket.hook.label, bracket.table, bracket.chain)
+            labels = (
+                bracket.dataplane.value,
+                bracket.family.value,
+                bracket.hook.label,
+                bracket.table,
+                bracket.chain,
+            )
             yield Sample((*labels, table, chain), 1.0)

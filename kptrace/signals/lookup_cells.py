@@ -26,9 +26,9 @@ UNPAIRED_REASONS = {1: "queued", 2: "stolen_or_in_flight", 3: "evicted", 4: "ope
 LOOKUP_SPEC = MetricSpec(
     "kptrace_lookup_duration_seconds",
     "histogram",
-    "Time of one packet's walk through the base chains of one table at one hook: from just before its first rule to just"
-    " after its verdict (mechanism bracket: between two netfilter programs; connection tracking's NAT set-up is included at"
-    " NAT priorities). Sampled: see kptrace_sampling_ratio.",
+    "Time of one packet's walk through the base chains of one table at one hook: from just before its first rule to"
+    " just after its verdict (mechanism bracket: between two netfilter programs; connection tracking's NAT set-up is"
+    " included at NAT priorities). Sampled: see kptrace_sampling_ratio.",
     (
         "mechanism",
         "dataplane",
@@ -45,14 +45,15 @@ LOOKUP_SPEC = MetricSpec(
 UNPAIRED_SPEC = MetricSpec(
     "kptrace_lookup_unpaired_total",
     "counter",
-    "Sampled packets that gave no sample: queued (waited in an NFQUEUE), stolen_or_in_flight (left the hook unseen), evicted"
-    " (too many at once), opened_elsewhere, recursion_miss.",
+    "Sampled packets that gave no sample: queued (waited in an NFQUEUE), stolen_or_in_flight (left the hook unseen),"
+    " evicted (too many at once), opened_elsewhere.",
     ("hook", "reason"),
 )
 BRACKET_SPEC = MetricSpec(
     "kptrace_bracket_info",
     "info",
-    "Which base chain is measured under which table and chain label; chains that share a bracket have the table ~shared.",
+    "Which base chain is measured under which table and chain label; chains that share a bracket have the table"
+    " ~shared.",
     ("dataplane", "family", "hook", "table", "chain", "member_table", "member_chain"),
 )
 

@@ -23,9 +23,8 @@ _PACKETS = 509
 def measure_floor(kernel: LookupKernel) -> float:
     """Seconds that a bracket around no chain reads in the mean.
 
-    A thread of its own enters a new network namespace, encloses nothing at LOCAL_OUT in a bracket, and sends packets to its
-    own loopback address. The kernel must be armed and sample every first packet or all; with thinner sampling the mean is of
-    fewer packets.
+    A thread of its own enters a new network namespace, encloses nothing at LOCAL_OUT in a bracket, and sends packets
+    to its own loopback address. The programs must be armed; with thin sampling the mean is of fewer packets.
 
     Raises:
         KernelError: a namespace or a link was refused, or no packet was sampled.
@@ -36,15 +35,19 @@ def measure_floor(kernel: LookupKernel) -> float:
         try:
             syscall.unshare()
             links = [
-                kernel.link_boundary(BoundaryProgram(NO_BRACKET, FLOOR_BRACKET, 0, IpFamily.IPV4, 0), Hook.OUTPUT, -2),
-                kernel.link_boundary(BoundaryProgram(FLOOR_BRACKET, NO_BRACKET, 0, IpFamily.IPV4, 0), Hook.OUTPUT, -1),
+                kernel.link_boundary(
+                    BoundaryProgram(NO_BRACKET, FLOOR_BRACKET, 0, IpFamily.IPV4, 0), Hook.OUTPUT, -2
+                ),
+                kernel.link_boundary(
+                    BoundaryProgram(FLOOR_BRACKET, NO_BRACKET, 0, IpFamily.IPV4, 0), Hook.OUTPUT, -1
+                ),
             ]
             try:
                 _send(_PACKETS)
             finally:
                 for each in links:
                     os.close(each)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  (raised again by the caller)
             failure.append(error)
 
     thread = threading.Thread(target=run, name="kptrace-floor")

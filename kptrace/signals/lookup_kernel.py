@@ -42,7 +42,8 @@ class BoundaryProgram:
         walk_mask: the conntrack status bits that say that NAT is done at this hook; 0 where the rules of NAT are not
             walked.
         family: of the packets.
-        plane: 1 + the data plane's place in `lookup_services.PLANES` where first packets are counted per service; 0 off.
+        plane: 1 + the data plane's place in `lookup_services.PLANES` where first packets are counted per service; 0
+            where they are not.
     """
 
     closes: int
@@ -128,4 +129,3 @@ class LookupKernel:
             os.close(self._attached.pop())
         for each in self._maps.values():
             each.close()
-

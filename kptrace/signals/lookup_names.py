@@ -19,7 +19,10 @@ _FOLDED: Final[Name] = (OTHER, OTHER)
 
 def is_known(chain: BaseChain) -> bool:
     """Whether its name is one that the number of names need not be bounded for: kube-proxy's and iptables' own."""
-    return chain.dataplane in (DataPlane.IPTABLES_NFT, DataPlane.IPTABLES_LEGACY) or chain.table == _KUBE_PROXY_TABLE
+    return (
+        chain.dataplane in (DataPlane.IPTABLES_NFT, DataPlane.IPTABLES_LEGACY)
+        or chain.table == _KUBE_PROXY_TABLE
+    )
 
 
 def cut(name: str) -> str:

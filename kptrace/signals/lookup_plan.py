@@ -114,8 +114,13 @@ def plan(
             else:
                 omitted.append(Omitted(run.chains, "no_free_priority"))
     chosen, refused = _choose(runs, {place: len(room.held) for place, room in rooms.items()}, limits)
-    in_use = {(b.table, b.chain) for each in own for b in (each.closes, each.opens) if b is not None}
-    names = Names([run.chains for run in chosen], in_use, limits.names)
+    told = [
+        b
+        for each in own
+        for b in (each.closes, each.opens)
+        if b is not None and not any(map(is_known, b.chains))
+    ]
+    names = Names([run.chains for run in chosen], ((b.table, b.chain) for b in told), limits.names)
     brackets = [_bracket(run, names, nat=nat[run.place[0]]) for run in chosen]
     boundaries: list[Boundary] = []
     for place, here_too in groupby(brackets, key=lambda b: (b.family, b.hook)):

@@ -69,7 +69,12 @@ class Room:
                 None if high is None else self._opening(high, linked.open, INT_MIN),
             )
         both = linked.both
-        if both is not None and low <= both <= high and both not in self.held and self._clear(low, high, self.firm):
+        if (
+            both is not None
+            and low <= both <= high
+            and both not in self.held
+            and self._clear(low, high, self.firm)
+        ):
             return both, both
         keeps_close = linked.close is not None and self._closing(low, linked.close, high) == linked.close
         keeps_open = linked.open is not None and self._opening(high, linked.open, low) == linked.open

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-service look-ups: which Service addresses the kernel knows, and the few services that get a series of their own.
 
-A sample never moves: a service that gets a series starts at zero from then on, what it had before stays in `~other`; one
-that loses its series takes its samples out of sight, not into `~other`.
+A sample never moves: a service that gets a series starts at zero from then on, what it had before stays in `~other`;
+one that loses its series takes its samples out of sight, not into `~other`.
 """
 
 import socket
@@ -28,8 +28,8 @@ HOLD_SECONDS = 3600.0
 SERVICE_SPEC = MetricSpec(
     "kptrace_service_lookup_duration_seconds",
     "histogram",
-    "Look-up time of first packets to a known Service address, at the NAT chains of the hook where its address is translated;"
-    " the busiest 20 Service ports by name, the rest under ~other.",
+    "Look-up time of first packets to a known Service address, at the NAT chains of the hook where its address is"
+    " translated; the busiest 20 Service ports by name, the rest under ~other.",
     ("mechanism", "dataplane", "service_namespace", "service_name", "service_port", "protocol"),
 )
 
@@ -39,7 +39,9 @@ def kernel_key(address: ServiceAddress) -> tuple[IpFamily, bytes]:
     if ":" in address.ip:
         packed = socket.inet_pton(socket.AF_INET6, address.ip)
         return IpFamily.IPV6, packed + struct.pack("!HB5x", address.port, address.protocol)
-    return IpFamily.IPV4, socket.inet_pton(socket.AF_INET, address.ip) + struct.pack("!HBx", address.port, address.protocol)
+    return IpFamily.IPV4, socket.inet_pton(socket.AF_INET, address.ip) + struct.pack(
+        "!HBx", address.port, address.protocol
+    )
 
 
 class ServiceNumbers:
@@ -111,7 +113,9 @@ class ServiceTop:
         self._before = counts
         for cell, named in self._named.items():
             named.rate = gains.get(cell, 0)
-        waiting = sorted((c for c, gain in gains.items() if gain and c not in self._named), key=lambda c: (-gains[c], c))
+        waiting = sorted(
+            (c for c, gain in gains.items() if gain and c not in self._named), key=lambda c: (-gains[c], c)
+        )
         for cell in waiting:
             if len(self._named) >= self._limit and not self._evict(gains[cell], cells, now):
                 break
@@ -149,7 +153,9 @@ class ServiceTop:
                     yield _sample((mechanism, dataplane.value, *labels), words)
             total = array("Q", bytes(CELL_BYTES))
             for word in range(CELL_WORDS):
-                total[word] = sum(cells[plane * CELL_WORDS + word : len(names) * planes * CELL_WORDS : planes * CELL_WORDS])
+                total[word] = sum(
+                    cells[plane * CELL_WORDS + word : len(names) * planes * CELL_WORDS : planes * CELL_WORDS]
+                )
             rest = _minus(total, shown)
             if any(rest):
                 yield _sample((mechanism, dataplane.value, OTHER, OTHER, OTHER, OTHER), rest)

@@ -34,7 +34,8 @@ class Sampling:
             numbers = []
         if len(numbers) not in (1, 2) or not all(1 <= number <= MAX_DIVISOR for number in numbers):
             raise UsageError(
-                f"--sample {text!r} is not a divisor", remedy=f"give 'all', REST or FIRST:REST, each 1 to {MAX_DIVISOR}"
+                f"--sample {text!r} is not a divisor",
+                remedy=f"give 'all', REST or FIRST:REST, each 1 to {MAX_DIVISOR}",
             )
         return cls(1, numbers[0]) if len(numbers) == 1 else cls(numbers[0], numbers[1])
 

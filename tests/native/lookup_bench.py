@@ -54,12 +54,16 @@ class LookupBench:
 
     def services(self) -> dict[str, int]:
         """Samples by service name."""
-        return {row["service_name"]: row["count"] for row in self._read("kptrace_service_lookup_duration_seconds")}
+        return {
+            row["service_name"]: row["count"] for row in self._read("kptrace_service_lookup_duration_seconds")
+        }
 
     def count(self, **labels: str) -> int:
         """Samples whose labels have these values."""
         return sum(
-            row["count"] for row in self.samples() if all(row[name] == value for name, value in labels.items())
+            row["count"]
+            for row in self.samples()
+            if all(row[name] == value for name, value in labels.items())
         )
 
     def unpaired(self) -> dict[str, int]:
@@ -79,7 +83,9 @@ class LookupBench:
                 for sample in family.samples:
                     assert isinstance(sample, HistogramSample)
                     row: dict[str, Any] = dict(zip(family.spec.labels, sample.labels, strict=True))
-                    rows.append({**row, "count": sample.count, "mean_ns": sample.sum / max(1, sample.count) * 1e9})
+                    rows.append(
+                        {**row, "count": sample.count, "mean_ns": sample.sum / max(1, sample.count) * 1e9}
+                    )
         return rows
 
     def close(self) -> None:

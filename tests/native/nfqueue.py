@@ -39,7 +39,10 @@ class HeldQueue:
         """Packet ids of at least `count` held packets, or of as many as came in time."""
         ids: list[int] = []
         deadline = time.monotonic() + seconds
-        while len(ids) < count and select.select([self._socket], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        while (
+            len(ids) < count
+            and select.select([self._socket], [], [], max(0.0, deadline - time.monotonic()))[0]
+        ):
             ids += _packet_ids(self._socket.recv(1 << 20))
         return ids
 
@@ -57,7 +60,9 @@ class HeldQueue:
     def _send(self, kind: int, attributes: bytes, *, flags: int) -> None:
         self._sequence += 1
         body = struct.pack(">BBH", 0, 0, self._number) + attributes
-        self._socket.send(struct.pack("<IHHII", 16 + len(body), _SUBSYS << 8 | kind, flags, self._sequence, 0) + body)
+        self._socket.send(
+            struct.pack("<IHHII", 16 + len(body), _SUBSYS << 8 | kind, flags, self._sequence, 0) + body
+        )
 
 
 def _attribute(kind: int, data: bytes) -> bytes:

@@ -77,7 +77,9 @@ def test_legacy_tables_are_counted(
 
     namespace.call(send)
     listing = namespace.run([command, "-L", "OUTPUT", "-v", "-x", "-n"])
-    assert int(next(line for line in listing.splitlines() if target in line and "dpt" in line).split()[0]) == 31
+    assert (
+        int(next(line for line in listing.splitlines() if target in line and "dpt" in line).split()[0]) == 31
+    )
     verdict = "accept" if target == "ACCEPT" else "drop"
     assert (
         bench.count(
@@ -114,7 +116,9 @@ def test_every_new_connection_walks_nat(measure: Measure, namespace: Namespace) 
 
 
 @pytest.mark.parametrize("declared", [-150, -50])
-def test_nat_chains_are_measured_where_nat_runs(measure: Measure, namespace: Namespace, declared: int) -> None:
+def test_nat_chains_are_measured_where_nat_runs(
+    measure: Measure, namespace: Namespace, declared: int
+) -> None:
     """A NAT chain's declared priority does not matter: its bracket encloses -100, and it counts first packets."""
     nft(namespace, output_chain("ip", f"udp dport {PORT} counter", kind="nat", priority=declared))
     bench = measure()

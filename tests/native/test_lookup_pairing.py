@@ -18,7 +18,9 @@ Measure = Callable[..., LookupBench]
 
 def test_a_million_packets_from_two_cpus(measure: Measure, namespace: Namespace) -> None:
     """A flood of 1,000,000 datagrams from two CPUs gives 1,000,000 samples and no loss."""
-    chain = f"table ip t {{ chain c {{ type filter hook output priority -100; udp dport {PORT} counter; }}; }}"
+    chain = (
+        f"table ip t {{ chain c {{ type filter hook output priority -100; udp dport {PORT} counter; }}; }}"
+    )
     nft(namespace, chain)
     bench = measure()
     with namespace.enter():
@@ -64,7 +66,10 @@ def test_fragments_pair_right(measure: Measure, namespace: Namespace, size: int)
     bench = measure()
 
     def send() -> None:
-        with traffic.udp_sink(socket.AF_INET, PORT), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        with (
+            traffic.udp_sink(socket.AF_INET, PORT),
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+        ):
             for _ in range(23):
                 sender.sendto(bytes(size), ("127.0.0.1", PORT))
 
@@ -82,7 +87,9 @@ def test_packets_through_a_bridge_pair_right(measure: Measure, namespace: Namesp
             name = f"v{host}"
             namespace.ip([f"link add {name} type veth peer name eth0 netns {side.name}"])
             side.ip([f"addr add 192.0.2.{host}/24 dev eth0", "link set eth0 up"])
-        namespace.ip(["link add br0 type bridge", *(f"link set v{n} master br0 up" for n in (1, 2)), "link set br0 up"])
+        namespace.ip(
+            ["link add br0 type bridge", *(f"link set v{n} master br0 up" for n in (1, 2)), "link set br0 up"]
+        )
         namespace.sysctl({"net.bridge.bridge-nf-call-iptables": "1"})
         nft(
             namespace,

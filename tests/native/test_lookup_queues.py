@@ -74,7 +74,9 @@ def test_a_replan_waits_for_queued_packets(measure: Callable[..., LookupBench], 
     assert any(b.priority > 200 for b in bench.signal._links.boundaries)
 
 
-def test_a_namespace_with_a_queue_is_left_alone(measure: Callable[..., LookupBench], namespace: Namespace) -> None:
+def test_a_namespace_with_a_queue_is_left_alone(
+    measure: Callable[..., LookupBench], namespace: Namespace
+) -> None:
     """Without the override nothing is linked where an NFQUEUE is, and the state says why."""
     queue_rule(namespace)
 

@@ -143,7 +143,11 @@ class _Decoder:
             for kind, _, _, start, end in messages(self.data):
                 if kind == BATCH_END:
                     ended = True
-                elif kind >> 8 == NFNL_SUBSYS_NFTABLES and end - start >= ATTRIBUTES and kind & 0xFF in _BY_NUMBER:
+                elif (
+                    kind >> 8 == NFNL_SUBSYS_NFTABLES
+                    and end - start >= ATTRIBUTES
+                    and kind & 0xFF in _BY_NUMBER
+                ):
                     changes = True
                     self._change(kind & 0xFF, start, end)
         except NetlinkError:

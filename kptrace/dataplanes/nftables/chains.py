@@ -25,7 +25,9 @@ _HOOK_NUMBER, _HOOK_PRIORITY = 1, 2
 # NFTA_CHAIN_HOOK's type followed by the header of the NFTA_HOOK_HOOKNUM in it, with and without the flag for nested
 # attributes: a search for these bytes is five times as fast as a walk through the attributes. Found by chance in
 # another attribute, they only cost that walk.
-_HOOK_BYTES: Final = tuple(struct.pack("=HHH", kind, 8, _HOOK_NUMBER) for kind in (_CHAIN_HOOK, 0x8000 | _CHAIN_HOOK))
+_HOOK_BYTES: Final = tuple(
+    struct.pack("=HHH", kind, 8, _HOOK_NUMBER) for kind in (_CHAIN_HOOK, 0x8000 | _CHAIN_HOOK)
+)
 
 _IPTABLES_TABLES: Final = frozenset({"filter", "nat", "mangle", "raw", "security"})
 _IPTABLES_CHAINS: Final = {hook.name: hook for hook in Hook}
@@ -39,7 +41,9 @@ def dataplane_of(family: int, table: str, chain: str, hook: Hook) -> DataPlane:
     own. Every other chain (kube-proxy's table, firewalld's, a user's) is nftables'.
     """
     builtin = (
-        family in (NFPROTO_IPV4, NFPROTO_IPV6) and table in _IPTABLES_TABLES and _IPTABLES_CHAINS.get(chain) is hook
+        family in (NFPROTO_IPV4, NFPROTO_IPV6)
+        and table in _IPTABLES_TABLES
+        and _IPTABLES_CHAINS.get(chain) is hook
     )
     return DataPlane.IPTABLES_NFT if builtin else DataPlane.NFTABLES
 

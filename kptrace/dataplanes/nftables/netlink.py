@@ -125,7 +125,9 @@ def be32(buffer: bytes, start: int, end: int) -> int:
 
 def request(message: NftMessage, flags: int, sequence: int, family: int) -> bytes:
     """An nf_tables request without attributes."""
-    return HEADER.pack(ATTRIBUTES, message.wire, flags | NLM_F_REQUEST, sequence, 0) + _NFGENMSG.pack(family, 0, 0)
+    return HEADER.pack(ATTRIBUTES, message.wire, flags | NLM_F_REQUEST, sequence, 0) + _NFGENMSG.pack(
+        family, 0, 0
+    )
 
 
 class DatagramSocket(Protocol):
@@ -160,9 +162,13 @@ class NfnetlinkSocket:
             NetlinkError: the kernel has no nfnetlink.
         """
         try:
-            channel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
+            channel = socket.socket(
+                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER
+            )
         except OSError as error:
-            raise NetlinkError(f"no NETLINK_NETFILTER socket: {error.strerror}", errno=error.errno or 0) from error
+            raise NetlinkError(
+                f"no NETLINK_NETFILTER socket: {error.strerror}", errno=error.errno or 0
+            ) from error
         # The kernel's own time limit spares the poll(2) before each recv(2) that settimeout() costs.
         limit = _TIMEVAL.pack(int(timeout), int(timeout % 1 * 1e6))
         channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
@@ -181,7 +187,9 @@ class NfnetlinkSocket:
             objects = self._attempt(message, family)
             if objects is not None:
                 return objects
-        raise NetlinkError(f"{message.name} was interrupted {_ATTEMPTS} times by other commits", errno=errno.EINTR)
+        raise NetlinkError(
+            f"{message.name} was interrupted {_ATTEMPTS} times by other commits", errno=errno.EINTR
+        )
 
     def _attempt(self, message: NftMessage, family: int) -> list[bytes] | None:
         """The messages of one dump; None if it was interrupted."""
@@ -235,7 +243,9 @@ class NfnetlinkSocket:
         except OSError as error:
             if error.errno == errno.ENOBUFS:
                 return None
-            raise NetlinkError(f"no answer from nf_tables: {error.strerror}", errno=error.errno or 0) from error
+            raise NetlinkError(
+                f"no answer from nf_tables: {error.strerror}", errno=error.errno or 0
+            ) from error
 
     def close(self) -> None:
         """Close the socket. Idempotent."""
@@ -249,4 +259,6 @@ def _error(datagram: bytes, start: int, end: int) -> int:
 
 
 def _refused(message: NftMessage, code: int) -> NetlinkError:
-    return NetlinkError(f"{message.name}: {errno.errorcode.get(code, code)} ({os.strerror(code)})", errno=code)
+    return NetlinkError(
+        f"{message.name}: {errno.errorcode.get(code, code)} ({os.strerror(code)})", errno=code
+    )

@@ -117,7 +117,9 @@ def test_what_may_change_base_chains_is_told(change: bytes, touched: bool) -> No
 @pytest.mark.parametrize("operation", [DELCHAIN, 27])
 def test_deleted_chains_are_named(operation: int) -> None:
     """The caller knows which of them are base chains."""
-    assert decode_batch(batch(chain_message(operation, "gone"))).deleted_chains == {("ipv4", "kube-proxy", "gone")}
+    assert decode_batch(batch(chain_message(operation, "gone"))).deleted_chains == {
+        ("ipv4", "kube-proxy", "gone")
+    }
 
 
 @pytest.mark.parametrize(

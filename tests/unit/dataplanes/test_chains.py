@@ -49,7 +49,11 @@ def test_dormant_tables_have_no_chains_in_their_hooks() -> None:
     ]
     dormant = dormant_tables(tables)
     assert dormant == {(2, "sleeps")}
-    dump = [wire.chain("sleeps", "a", 1), wire.chain("wakes", "b", 1), wire.chain("sleeps", "c", 1, family=10)]
+    dump = [
+        wire.chain("sleeps", "a", 1),
+        wire.chain("wakes", "b", 1),
+        wire.chain("sleeps", "c", 1, family=10),
+    ]
     assert {c.chain for c in base_chains(dump, dormant)} == {"b", "c"}
 
 

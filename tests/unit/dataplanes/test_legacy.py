@@ -25,8 +25,8 @@ def test_names_are_read_per_family(tmp_path: Path) -> None:
 
 def test_tables_hook_where_the_kernel_has_them() -> None:
     """Every table's hooks and priorities are `enum nf_ip_hook_priorities`; other names have none."""
-    names = {IpFamily.IPV4: frozenset({"raw", "mangle", "nat", "filter", "security", "mine"}), IpFamily.IPV6: frozenset()}
-    found = {(c.table, c.hook): c for c in legacy_chains(names)}
+    tables = frozenset({"raw", "mangle", "nat", "filter", "security", "mine"})
+    found = {(c.table, c.hook): c for c in legacy_chains({IpFamily.IPV4: tables, IpFamily.IPV6: frozenset()})}
     assert {key: c.priority for key, c in found.items()} == {
         ("raw", Hook.PREROUTING): -300,
         ("raw", Hook.OUTPUT): -300,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import errno
 import os
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -31,7 +32,7 @@ class FakeSocket:
     def send(self, data: bytes, /) -> int:
         """Queue the next answer."""
         self.requests.append(data)
-        self.queue += self.answers.pop(0)(int.from_bytes(data[8:12], "little"))
+        self.queue += self.answers.pop(0)(int.from_bytes(data[8:12], sys.byteorder))
         return len(data)
 
     def recv(self, size: int, /) -> bytes:

@@ -63,9 +63,11 @@ def test_messages_become_snapshots_metrics_and_states() -> None:
     identity.subscribe(told.append)
     identity.start()
     objects, last, errors = identity.families()
-    assert identity.ready is False
+    ready_before = identity.ready
     assert (values(objects)[("nodes",)], values(last)) == (0, {})
     assert values(errors) == {("api", "unreachable"): 0, ("api", "malformed_object"): 0}
+
+    assert not ready_before
 
     feed.waiting = [listed(90.0, "a", "b"), Changed("watch_nodes", 95.0, (Gone(Kind.NODES, ("", "a")),))]
     identity.poll()

@@ -26,7 +26,7 @@ def c_slots(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     end = service.index("}\n", begin) + 2
     source.write_text(
         "typedef unsigned long long u64; typedef unsigned int u32;\n#define __always_inline inline\n"
-        '#include <kptrace/hist.h>\n' + service[begin:end] + "u32 hist(u64 d) { return hist_slot(d); }\n"
+        "#include <kptrace/hist.h>\n" + service[begin:end] + "u32 hist(u64 d) { return hist_slot(d); }\n"
         "u32 service(u64 d) { return service_slot(d); }\n"
     )
     library = folder / "slots.so"

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon as a process: what it leaves behind, what it maps, and how it fails."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kptrace.experiments.daemon_process import DaemonProcess, DaemonRequest, default_command
+from kptrace.experiments.netns import Namespace
+from kptrace.experiments.scrape import fetch
+from tests.native import traffic
+from tests.native.lookup_bench import nft, nft_counter
+
+PORT = 5353
+CHAIN = f"table ip t {{ chain c {{ type filter hook output priority -100; udp dport {PORT} counter; }}; }}"
+NO_SERVICES = '{"apiVersion": "v1", "kind": "List", "items": []}'
+
+
+@pytest.fixture
+def daemon(namespace: Namespace, tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
+    """Start daemons on the test's namespace; they end with the test."""
+    started: list[DaemonProcess] = []
+
+    def start(*extra: str) -> DaemonProcess:
+        identity = tmp_path / "identity.json"
+        identity.write_text(NO_SERVICES)
+        request = DaemonRequest(namespace.path, identity, tmp_path / f"ready{len(started)}")
+        argv = [*default_command(request), "--cache-dir", str(tmp_path / "cache"), "--sample", "all", *extra]
+        process = DaemonProcess(argv, request.ready_file, tmp_path / f"log{len(started)}")
+        process.__enter__()
+        started.append(process)
+        return process
+
+    yield start
+    for each in started:
+        each.stop()
+
+
+def until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait for a condition; whether it came true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def bpf_objects(pid: int) -> int:
+    """BPF programs, maps and links that bpftool says belong to a process."""
+    count = 0
+    for kind in ("prog", "map", "link"):
+        listing = json.loads(
+            subprocess.run(["bpftool", "-j", kind, "show"], capture_output=True, check=True).stdout
+        )
+        count += sum(1 for each in listing if any(owner["pid"] == pid for owner in each.get("pids", [])))
+    return count
+
+
+def netfilter_links() -> int:
+    """All netfilter links of the machine."""
+    listing = json.loads(
+        subprocess.run(["bpftool", "-j", "link", "show"], capture_output=True, check=True).stdout
+    )
+    return sum(1 for each in listing if each["type"] == "netfilter")
+
+
+def test_a_real_packet_reaches_metrics(daemon: Callable[..., DaemonProcess], namespace: Namespace) -> None:
+    """The whole path: 23 packets, 23 in nft's counter, 23 in /metrics."""
+    nft(namespace, CHAIN)
+    process = daemon()
+
+    def send() -> None:
+        with traffic.udp_sink(socket.AF_INET, PORT):
+            traffic.udp_one_flow(socket.AF_INET, PORT, 23)
+
+    namespace.call(send)
+    assert nft_counter(namespace, "c") == 23
+    scrape = process.scrape()
+    assert scrape.distribution("kptrace_lookup_duration_seconds", table="t", chain="c").count == 23
+
+
+def test_a_killed_daemon_leaves_nothing(daemon: Callable[..., DaemonProcess], namespace: Namespace) -> None:
+    """After SIGKILL no link is left, and traffic never stopped."""
+    nft(namespace, CHAIN)
+    before = netfilter_links()
+    process = daemon()
+    assert netfilter_links() > before
+    os.kill(process.pid, signal.SIGKILL)
+
+    def send() -> None:
+        with traffic.udp_sink(socket.AF_INET, PORT):
+            traffic.udp_one_flow(socket.AF_INET, PORT, 101)
+
+    namespace.call(send)
+    assert nft_counter(namespace, "c") == 101
+    assert until(lambda: netfilter_links() == before, 5)
+
+
+def test_a_deleted_namespace_is_let_go(daemon: Callable[..., DaemonProcess]) -> None:
+    """The veth of a deleted namespace disappears within 5 s although kptrace watched the namespace."""
+    with Namespace("gone") as gone:
+        name = f"kv{os.getpid()}"
+        subprocess.run(
+            ["ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", gone.name],
+            check=True,
+        )
+        nft(gone, CHAIN)
+        process = daemon("--netns", str(gone.path))
+        assert Path(f"/sys/class/net/{name}").exists()
+        gone.remove()
+        assert until(lambda: not Path(f"/sys/class/net/{name}").exists(), 5)
+        states = json.loads(fetch(process.port, "/status?format=json")[1])["signals"]
+        assert any(row["reason"] == "namespace_ended" for row in states)
+
+
+def test_the_daemon_never_maps_llvm(daemon: Callable[..., DaemonProcess], namespace: Namespace) -> None:
+    """Neither LLVM nor BCC's library is in the daemon's address space."""
+    nft(namespace, CHAIN)
+    maps = Path(f"/proc/{daemon().pid}/maps").read_text()
+    assert "libbcc" not in maps
+    assert "LLVM" not in maps
+
+
+def test_a_new_chain_is_measured_within_a_second(
+    daemon: Callable[..., DaemonProcess], namespace: Namespace
+) -> None:
+    """A chain that appears after the start is bracketed within 1 s."""
+    process = daemon()
+    nft(namespace, CHAIN)
+    begin = time.monotonic()
+    assert until(lambda: process.scrape().total("kptrace_bracket_info", member_table="t") == 1, 5)
+    assert time.monotonic() - begin < 3
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "telling"),
+    [
+        (["--sample", "0"], 2, "not a divisor"),
+        (["--listen", "nowhere"], 2, "ADDRESS:PORT"),
+        (["--overhead-budget", "lots"], 2, "share of one core"),
+        (["--netns", "/nonexistent"], 2, "network namespace"),
+        (["--identity-file", "/nonexistent.yaml"], 5, "/nonexistent.yaml"),
+        (["--config", "/nonexistent.toml"], 2, "/nonexistent.toml"),
+    ],
+)
+def test_bad_input_is_one_line(extra: list[str], code: int, telling: str) -> None:
+    """A wrong option ends with its documented exit code and one line that names it, never a traceback."""
+    run = subprocess.run(
+        [sys.executable, "-m", "kptrace", "run", "--listen", "127.0.0.1:0", "--cache-dir", "none", *extra],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == code, run.stderr
+    assert telling in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_port_in_use_is_said() -> None:
+    """Exit code 6 and the address where the port is taken."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        run = subprocess.run(
+            [sys.executable, "-m", "kptrace", "run", "--listen", f"127.0.0.1:{port}", "--identity", "none"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert run.returncode == 6, run.stderr
+    assert str(port) in run.stderr
+    assert "Traceback" not in run.stderr
