@@ -76,7 +76,7 @@ class Parts:
 
     @property
     def ready(self) -> bool:
-        """Whether what can be attached is attached. Names may come later: an API server that is away changes nothing."""
+        """Whether what can be attached is attached. Names may come later: a lost API server changes nothing."""
         return self._started
 
     def states(self) -> list[MechanismState]:

@@ -86,7 +86,7 @@ class Exporter:
             try:
                 families += list(source.families())
                 fine = 1.0
-            except Exception:
+            except Exception:  # noqa: BLE001  (logged and exposed: one source must not fail the scrape)
                 self._log.exception("source_failed", source=source.name)
                 fine = 0.0
             success.append(Sample((source.name,), fine))

@@ -17,7 +17,7 @@ NODE = MetricSpec(
 STATE = MetricSpec(
     "kptrace_signal_state",
     "info",
-    "State of each mechanism of each signal: active, degraded, unavailable or off, and a reason code; details in /status.",
+    "State of each mechanism of each signal: active, degraded, unavailable or off, with a reason; see /status.",
     ("signal", "mechanism", "state", "reason"),
 )
 LOST = MetricSpec(
@@ -73,7 +73,7 @@ class SelfMetrics:
         ticks = os.sysconf("SC_CLK_TCK")
         yield MetricFamily(CPU, [Sample((), (int(fields[11]) + int(fields[12])) / ticks)])
         yield MetricFamily(MEMORY, [Sample((), float(int(fields[21]) * os.sysconf("SC_PAGE_SIZE")))])
-        yield MetricFamily(FDS, [Sample((), float(len(os.listdir(self._proc / "fd"))))])
+        yield MetricFamily(FDS, [Sample((), float(sum(1 for _ in (self._proc / "fd").iterdir())))])
         yield MetricFamily(START, [Sample((), self._boot + int(fields[19]) / ticks)])
 
 

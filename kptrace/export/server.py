@@ -141,7 +141,7 @@ class _Server(ThreadingHTTPServer):
         finally:
             self.connections.release()
 
-    def handle_error(self, request, client_address) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001, ARG002
+    def handle_error(self, request, client_address) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
         structlog.get_logger().info("request_failed", client=str(client_address[0]), exc_info=True)
 
 
@@ -152,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = TIMEOUT_SECONDS
     server: _Server
 
-    def do_GET(self) -> None:  # noqa: N802  (the base class's name)
+    def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
         match path:
             case "/metrics":
@@ -172,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
             case _:
                 self._answer(HTTPStatus.NOT_FOUND, b"not found\n", "text/plain")
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815  (the base class's name)
 
     def _metrics(self) -> None:
         if not self.server.scrapes.acquire(blocking=False):

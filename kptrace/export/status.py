@@ -8,7 +8,10 @@ from html import escape
 from kptrace import __version__
 from kptrace.model.signal import MechanismState
 
-_STYLE = "body{font:15px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.2em .8em;border:1px solid #ccc;text-align:left}"
+_STYLE = (
+    "body{font:15px sans-serif;margin:2em}table{border-collapse:collapse}"
+    "td,th{padding:.2em .8em;border:1px solid #ccc;text-align:left}"
+)
 
 
 class StatusPage:

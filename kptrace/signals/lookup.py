@@ -96,6 +96,10 @@ class Chains(Protocol):
         """Packets waiting in NFQUEUEs; None without a queue."""
         ...
 
+    def close(self) -> None:
+        """Let the namespace go."""
+        ...
+
 
 class Timers(Protocol):
     """The part of the daemon's loop that the signal needs."""
@@ -261,7 +265,9 @@ class LookupSignal:
             )
 
     def _let_go(self) -> None:
+        # Each of them pins the namespace: the links, the netlink socket, the namespace's own descriptor.
         self._links.close()
+        self._chains.close()
         self._netns.close()
         self._ended = True
         self._state = self._row(State.OFF, "namespace_ended", "the watched network namespace is gone")

@@ -2,7 +2,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kptrace.model.netfilter import BaseChain, ChainType, DataPlane, Hook, IpFamily
@@ -334,6 +334,7 @@ def check_walk(boundaries: list[Boundary], chains: list[BaseChain], brackets: li
     assert seen == brackets
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(some_chains, some_foreign, some_limits)
 def test_every_plan_encloses_exactly_its_chains(
     chains: list[BaseChain], foreign: dict[tuple[IpFamily, Hook], frozenset[int]], limits: Limits
@@ -350,6 +351,7 @@ def test_every_plan_encloses_exactly_its_chains(
     assert len(named) <= limits.names
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(some_chains, some_foreign, some_limits, some_chains, some_foreign)
 def test_every_replan_is_a_good_plan_and_its_difference_leads_there(
     chains: list[BaseChain],
@@ -367,6 +369,7 @@ def test_every_replan_is_a_good_plan_and_its_difference_leads_there(
     assert set(change.keep) == set(old.boundaries) & set(new.boundaries)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(some_chains, some_foreign, some_limits, some_chains, some_foreign)
 def test_planning_again_changes_nothing(
     chains: list[BaseChain],
@@ -382,6 +385,7 @@ def test_planning_again_changes_nothing(
     assert plan(others, later, second.boundaries, limits) == second
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(some_chains, some_foreign)
 def test_two_tracers_that_take_turns_come_to_rest(
     chains: list[BaseChain], foreign: dict[tuple[IpFamily, Hook], frozenset[int]]
