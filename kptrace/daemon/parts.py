@@ -12,7 +12,9 @@ from kptrace.dataplanes.installed import InstalledChains
 from kptrace.identity.resources import Level
 from kptrace.identity.source import Identity, IdentitySettings
 from kptrace.kernel.bytecode import Bytecode
+from kptrace.kernel.capabilities import Capability, effective_capabilities, missing_capabilities
 from kptrace.kernel.compile import Compiler
+from kptrace.kernel.features import probe
 from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.errors import CompileError, KernelError, PrivilegeError, UnsupportedError
 from kptrace.model.metrics import MetricFamily, MetricSpec
@@ -20,8 +22,11 @@ from kptrace.model.signal import MechanismState, Source, State
 from kptrace.signals.lookup import LookupSignal, Options
 from kptrace.signals.lookup_kernel import REQUEST as LOOKUP_REQUEST
 from kptrace.signals.lookup_kernel import LookupKernel
+from kptrace.signals.mechanisms import judge_all
 
 IDENTITY_POLL_SECONDS = 0.5
+#: Without these nothing can be loaded or linked, and no namespace entered.
+_NEEDED = (Capability.BPF, Capability.PERFMON, Capability.NET_ADMIN, Capability.SYS_ADMIN)
 
 
 class Missing:
@@ -104,18 +109,35 @@ class Parts:
             ManifestError: the identity file cannot be understood.
         """
         self.identity.start()
-        code = self._compile()
-        if code is not None:
-            self._start_lookup(code)
+        states = self._probe()
+        self._start_lookup(next(state for state in states if state.mechanism == "bracket"))
+        others = (state for state in states if state.signal == "lookup" and state.mechanism != "bracket")
+        self.sources += [Missing(state) for state in others]
         self._loop.call_every(IDENTITY_POLL_SECONDS, self.identity.poll)
         self._started = True
 
-    def _compile(self) -> Bytecode | None:
-        if self._settings.lookup_mechanism == "off":
-            self.sources.append(
-                Missing(MechanismState("lookup", "bracket", State.OFF, "disabled", "--lookup-mechanism=off"))
+    def _probe(self) -> list[MechanismState]:
+        """What this kernel can do for each mechanism.
+
+        Raises:
+            PrivilegeError: a capability is missing without which nothing can be measured.
+            UnsupportedError: the mechanism that was asked for cannot be had.
+        """
+        missing = missing_capabilities(effective_capabilities(self._settings.host), _NEEDED)
+        if missing:
+            raise PrivilegeError(
+                f"missing {', '.join(map(str, missing))}", remedy="run as root, or grant these capabilities"
             )
-            return None
+        states = judge_all(probe(self._settings.host))
+        wanted = next((s for s in states if s.mechanism == self._settings.lookup_mechanism), None)
+        if wanted is not None and wanted.state is State.UNAVAILABLE:
+            raise UnsupportedError(
+                f"look-ups cannot be measured by {wanted.mechanism}: {wanted.detail}",
+                remedy="use --lookup-mechanism=auto",
+            )
+        return states
+
+    def _compile(self) -> Bytecode | None:
         compiler = Compiler(self._settings.host.sys / "kernel/btf/vmlinux", self._settings.cache_dir)
         try:
             code = compiler.build([LOOKUP_REQUEST])
@@ -125,8 +147,16 @@ class Parts:
         self.from_cache = compiler.from_cache
         return code[0]
 
-    def _start_lookup(self, code: Bytecode) -> None:
+    def _start_lookup(self, state: MechanismState) -> None:
         settings = self._settings
+        if settings.lookup_mechanism == "off":
+            state = MechanismState("lookup", "bracket", State.OFF, "disabled", "--lookup-mechanism=off")
+        if state.state is not State.ACTIVE:
+            self.sources.append(Missing(state))
+            return
+        code = self._compile()
+        if code is None:
+            return
         try:
             kernel = LookupKernel(code)
         except KernelError as error:

@@ -45,6 +45,14 @@ class InstalledChains:
         """Whether the ruleset's generation or the set of legacy tables moved since the last `read`."""
         return self._mark() != self._seen
 
+    def acknowledge(self, generation: int) -> None:
+        """The commit that made this generation touched no base chain: nothing is to be read again for it.
+
+        Only for the very next generation; after a gap the next `changed` says so.
+        """
+        if self._seen is not None and generation == self._seen[0] + 1:
+            self._seen = (generation, self._seen[1])
+
     def read(self) -> tuple[BaseChain, ...]:
         """All base chains of both kinds, sorted.
 

@@ -169,6 +169,7 @@ class LookupSignal:
         self._plan: Plan | None = None
         self._replans = 0
         self._due = True
+        self._refused: set[tuple[IpFamily, int, int]] = set()
         self._ended = False
         self._closed = False
         self._state = self._row(State.OFF, "starting")
@@ -238,7 +239,10 @@ class LookupSignal:
             return
         chains = self._chains.read()
         own = {(b.family.nfproto, int(b.hook), b.priority) for b in self._links.boundaries}
-        new = plan(chains, self._chains.foreign(own), self._links.boundaries)
+        held = {place: set(taken) for place, taken in self._chains.foreign(own).items()}
+        for family, hook, priority in self._refused:
+            held.setdefault((family, hook), set()).add(priority)
+        new = plan(chains, held, self._links.boundaries)
         change = diff(Plan((), self._links.boundaries), new)
         taken = self._links.change(change.remove, change.add)
         if change.add or change.remove:
@@ -250,6 +254,10 @@ class LookupSignal:
                 unlinked=len(change.remove),
             )
         self._plan = new
+        # What holds a refused priority may be nothing that can be listed (SELinux, IPVS): plan around it next time.
+        self._refused = {(b.family, int(b.hook), b.priority) for b in taken} | (
+            self._refused if taken else set()
+        )
         self._due = bool(taken)
         if new.omitted:
             reasons = ", ".join(sorted({each.reason for each in new.omitted}))

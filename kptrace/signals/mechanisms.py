@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which mechanisms there are for each signal, in the order of preference, and what each needs of the kernel. Pure."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from kptrace.kernel.features import Support
+from kptrace.model.signal import MechanismState, State
+
+
+@dataclass(frozen=True, slots=True)
+class Mechanism:
+    """One way to measure a signal.
+
+    Attributes:
+        signal, name: as in `kptrace_signal_state`.
+        needs: names in `kptrace.kernel.features.TABLE`.
+        built: whether this version of kptrace has it.
+    """
+
+    signal: str
+    name: str
+    needs: tuple[str, ...]
+    built: bool = True
+
+
+MECHANISMS = (
+    Mechanism(
+        "lookup",
+        "bracket",
+        (
+            "bpf_syscall",
+            "btf_vmlinux",
+            "netfilter_link",
+            "kfunc_dynptr_from_skb",
+            "kfunc_rdonly_cast",
+            "mmapable_array",
+            "raw_tracepoint",
+        ),
+    ),
+    Mechanism("lookup", "fentry", ("btf_vmlinux", "fentry"), built=False),
+    Mechanism("lookup", "kprobe", ("kprobe",), built=False),
+    Mechanism("rewrite", "tracepoint", ("btf_vmlinux", "tracepoint", "raw_tracepoint", "ring_buffer")),
+)
+
+
+def judge(mechanism: Mechanism, features: Mapping[str, Support]) -> MechanismState:
+    """Whether a mechanism can be used here; if not, the reason and detail of the first feature that is missing."""
+    for name in mechanism.needs:
+        support = features[name]
+        if not support.supported:
+            detail = f"{name}: {support.detail}"
+            return MechanismState(mechanism.signal, mechanism.name, State.UNAVAILABLE, support.reason, detail)
+    if not mechanism.built:
+        return MechanismState(
+            mechanism.signal,
+            mechanism.name,
+            State.OFF,
+            "not_built",
+            "this version of kptrace does not have it",
+        )
+    return MechanismState(mechanism.signal, mechanism.name, State.ACTIVE)
+
+
+def judge_all(
+    features: Mapping[str, Support], mechanisms: Iterable[Mechanism] = MECHANISMS
+) -> list[MechanismState]:
+    """The state of every mechanism, in the order of the table."""
+    return [judge(mechanism, features) for mechanism in mechanisms]
