@@ -104,6 +104,8 @@ class ServiceTop:
             now: seconds.
         """
         planes = len(PLANES)
+        # Scrapes read in other threads: what they iterate over is replaced, never changed.
+        self._named, self._retired = dict(self._named), dict(self._retired)
         counts: dict[int, int] = {}
         for cell in range(used * planes):
             total = sum(cells[cell * CELL_WORDS : cell * CELL_WORDS + SLOTS])

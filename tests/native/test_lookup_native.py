@@ -130,7 +130,7 @@ def test_nat_chains_are_measured_where_nat_runs(
     namespace.call(send)
     assert nft_counter(namespace, "c") == 23
     assert bench.count(table="t", walk="first") == 23
-    priorities = sorted(b.priority for b in bench.signal._links.boundaries if b.hook.label == "output")
+    priorities = sorted(b.priority for b in bench.signal.boundaries if b.hook.label == "output")
     assert priorities[0] < -100 < priorities[-1]
     assert not any(-160 <= p <= -140 or -60 <= p <= -40 for p in priorities)
 
@@ -195,16 +195,16 @@ def test_a_new_chain_is_planned_without_disturbing_the_others(measure: Measure, 
             traffic.udp_one_flow(socket.AF_INET, PORT, 23)
 
     namespace.call(send)
-    before = set(bench.signal._links.boundaries)
+    before = set(bench.signal.boundaries)
     nft(namespace, output_chain("ip", f"udp dport {PORT} counter", priority=300, table="late"))
     bench.signal.tick()
-    assert before <= set(bench.signal._links.boundaries)
+    assert before <= set(bench.signal.boundaries)
     namespace.call(send)
     assert bench.count(table="t", verdict="accept") == 46 == nft_counter(namespace, "c")
     assert bench.count(table="late") == 23 == nft_counter(namespace, "c", table="late")
     nft(namespace, "delete table ip late")
     bench.signal.tick()
-    assert set(bench.signal._links.boundaries) == before
+    assert set(bench.signal.boundaries) == before
     assert bench.count(table="late") == 23
 
 

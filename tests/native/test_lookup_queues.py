@@ -71,7 +71,7 @@ def test_a_replan_waits_for_queued_packets(measure: Callable[..., LookupBench], 
 
     assert namespace.call(hold) == 100
     assert bench.signal.states()[0].reason == "ok"
-    assert any(b.priority > 200 for b in bench.signal._links.boundaries)
+    assert any(b.priority > 200 for b in bench.signal.boundaries)
 
 
 def test_a_namespace_with_a_queue_is_left_alone(
@@ -84,6 +84,6 @@ def test_a_namespace_with_a_queue_is_left_alone(
         with HeldQueue(7):
             bench = measure()
             state = bench.signal.states()[0]
-            return state.state, state.reason, len(bench.signal._links.boundaries)
+            return state.state, state.reason, len(bench.signal.boundaries)
 
     assert namespace.call(look) == (State.UNAVAILABLE, "nfqueue_present", 0)
