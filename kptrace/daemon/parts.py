@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import structlog
 
@@ -13,16 +14,22 @@ from kptrace.identity.resources import Level
 from kptrace.identity.source import Identity, IdentitySettings
 from kptrace.kernel.bytecode import Bytecode
 from kptrace.kernel.capabilities import Capability, effective_capabilities, missing_capabilities
-from kptrace.kernel.compile import Compiler
+from kptrace.kernel.compile import Compiler, Request
 from kptrace.kernel.features import probe
 from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.errors import CompileError, KernelError, PrivilegeError, UnsupportedError
 from kptrace.model.metrics import MetricFamily, MetricSpec
+from kptrace.model.netfilter import DataPlane
+from kptrace.model.rewrite import Rewrite
 from kptrace.model.signal import MechanismState, Source, State
 from kptrace.signals.lookup import LookupSignal, Options
 from kptrace.signals.lookup_kernel import REQUEST as LOOKUP_REQUEST
 from kptrace.signals.lookup_kernel import LookupKernel
 from kptrace.signals.mechanisms import judge_all
+from kptrace.signals.rewrite import BASE_CHAINS, RewriteSignal
+from kptrace.signals.rewrite import Options as RewriteOptions
+from kptrace.signals.rewrite_kernel import REQUEST as REWRITE_REQUEST
+from kptrace.signals.writers import parse_writer
 
 IDENTITY_POLL_SECONDS = 0.5
 #: Without these nothing can be loaded or linked, and no namespace entered.
@@ -78,6 +85,8 @@ class Parts:
         self.from_cache = False
         self._started = False
         self.lookup: LookupSignal | None = None
+        self.rewrite: RewriteSignal | None = None
+        self._chains: InstalledChains | None = None
 
     @property
     def ready(self) -> bool:
@@ -89,8 +98,9 @@ class Parts:
         return [state for source in self.sources for state in source.states()]
 
     def losses(self) -> Mapping[tuple[str, str], int]:
-        """Lost events by signal and reason, of the daemon's own loop."""
-        return {("daemon", "callback_failed"): self._loop.failures}
+        """Lost events by signal and reason."""
+        rewrites = self.rewrite.losses() if self.rewrite is not None else {}
+        return {("daemon", "callback_failed"): self._loop.failures, **rewrites}
 
     def sections(self) -> Mapping[str, object]:
         """What /status shows besides the states."""
@@ -109,10 +119,18 @@ class Parts:
             ManifestError: the identity file cannot be understood.
         """
         self.identity.start()
-        states = self._probe()
-        self._start_lookup(next(state for state in states if state.mechanism == "bracket"))
-        others = (state for state in states if state.signal == "lookup" and state.mechanism != "bracket")
-        self.sources += [Missing(state) for state in others]
+        states = {(state.signal, state.mechanism): state for state in self._probe()}
+        bracket, tracepoint = states.pop(("lookup", "bracket")), states.pop(("rewrite", "tracepoint"))
+        if self._settings.lookup_mechanism == "off":
+            bracket = replace(bracket, state=State.OFF, reason="disabled", detail="--lookup-mechanism=off")
+        if not self._settings.rewrites:
+            tracepoint = replace(tracepoint, state=State.OFF, reason="disabled", detail="--no-rewrites")
+        codes = self._compile({bracket: LOOKUP_REQUEST, tracepoint: REWRITE_REQUEST})
+        if bracket in codes:
+            self._start_lookup(codes[bracket])
+        if tracepoint in codes:
+            self._start_rewrite(codes[tracepoint])
+        self.sources += [Missing(state) for state in states.values()]
         self._loop.call_every(IDENTITY_POLL_SECONDS, self.identity.poll)
         self._started = True
 
@@ -137,26 +155,57 @@ class Parts:
             )
         return states
 
-    def _compile(self) -> Bytecode | None:
+    def _compile(self, wanted: Mapping[MechanismState, Request]) -> dict[MechanismState, Bytecode]:
+        """Compile for the mechanisms that can be had, in one child; the others become sources that say why not."""
+        requests = {state: request for state, request in wanted.items() if state.state is State.ACTIVE}
+        self.sources += [Missing(state) for state in wanted if state not in requests]
+        if not requests:
+            return {}
         compiler = Compiler(self._settings.host.sys / "kernel/btf/vmlinux", self._settings.cache_dir)
         try:
-            code = compiler.build([LOOKUP_REQUEST])
+            codes = compiler.build(list(requests.values()))
         except (CompileError, OSError) as error:
-            self._unavailable("lookup", "bracket", "compile_failed", error)
-            return None
+            if len(requests) == 1:
+                state = next(iter(requests))
+                self._unavailable(state.signal, state.mechanism, "compile_failed", error)
+                return {}
+            # One that does not compile must not take the other with it.
+            found: dict[MechanismState, Bytecode] = {}
+            for state, request in requests.items():
+                found.update(self._compile({state: request}))
+            return found
         self.from_cache = compiler.from_cache
-        return code[0]
+        return dict(zip(requests, codes, strict=True))
 
-    def _start_lookup(self, state: MechanismState) -> None:
+    def _start_rewrite(self, code: Bytecode) -> None:
+        try:
+            rewrite = RewriteSignal(
+                code,
+                self.netns,
+                self._loop,
+                self._settings.host,
+                self._committed,
+                RewriteOptions(writers=tuple(parse_writer(text) for text in self._settings.writers)),
+            )
+            self._stack.callback(rewrite.close)
+            rewrite.start()
+        except (KernelError, UnsupportedError) as error:
+            self._unavailable("rewrite", "tracepoint", "attach_refused", error)
+            return
+        self.rewrite = rewrite
+        self.sources.append(rewrite)
+
+    def _committed(self, rewrite: Rewrite) -> None:
+        """A transaction of the watched namespace is in the kernel: follow it where it matters, and only there."""
+        if self.lookup is None or self._chains is None:
+            return
+        if rewrite.dataplane is not DataPlane.IPTABLES_LEGACY and BASE_CHAINS not in rewrite.details:
+            self._chains.acknowledge(rewrite.generation)
+        else:
+            self.lookup.tick()
+
+    def _start_lookup(self, code: Bytecode) -> None:
         settings = self._settings
-        if settings.lookup_mechanism == "off":
-            state = MechanismState("lookup", "bracket", State.OFF, "disabled", "--lookup-mechanism=off")
-        if state.state is not State.ACTIVE:
-            self.sources.append(Missing(state))
-            return
-        code = self._compile()
-        if code is None:
-            return
         try:
             kernel = LookupKernel(code)
         except KernelError as error:
@@ -167,10 +216,11 @@ class Parts:
             self._unavailable("lookup", "bracket", "maps_refused", error)
             return
         self._stack.callback(kernel.close)
+        self._chains = self._stack.enter_context(InstalledChains(self.netns))
         lookup = LookupSignal(
             kernel,
             self.netns,
-            self._stack.enter_context(InstalledChains(self.netns)),
+            self._chains,
             self._loop,
             Options(settings.sampling, settings.overhead_budget, settings.brackets_with_nfqueue),
         )

@@ -121,13 +121,15 @@ class Writers:
         """
         if not watched_netns:
             return OTHER
+        inside: list[ProcessRun] = []
         for run in chain:
             if rule := self._by_executable(run.executable):
                 shared = rule.name == KUBE_PROXY and _basename(run.executable) in _ALL_IN_ONE
                 return _by_chains(touched) if shared else rule.name
             if any(fnmatchcase(_basename(run.executable), pattern) for pattern in _BOUNDARIES):
                 break
-        for run in chain:
+            inside.append(run)
+        for run in inside:
             if (path := cgroup(run)) and (rule := self._by_cgroup(path)):
                 return rule.name
         return OTHER

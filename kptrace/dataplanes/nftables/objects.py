@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many chains, rules, sets and elements each table of nf_tables has: from a dump, and kept up by batches. Pure.
+
+A batch says `flush chain` without a number, and `add` of what exists already; so the inventory knows the names of chains and
+sets, the number of each chain's rules and the keys of each set's elements. What a batch does not tell (elements that packets
+add or that time out, objects deleted by handle) makes it inexact until the next dump. Anonymous sets and chains belong to
+the rule that holds them and count as part of it, as in `nft list ruleset`.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from kptrace.dataplanes.nftables.netlink import (
+    ATTRIBUTES,
+    HEADER,
+    NFNL_SUBSYS_NFTABLES,
+    NetlinkError,
+    NftMessage,
+    attributes,
+    be32,
+    messages,
+    text,
+)
+
+#: Names and keys that are kept, over all tables; beyond, only dumps tell.
+MAX_CHAINS: Final = 65_536
+MAX_ELEMENTS: Final = 131_072
+
+_NLM_F_REPLACE = 0x100
+_SET_ANONYMOUS, _SET_TIMEOUT, _SET_EVAL = 0x1, 0x10, 0x20
+_CHAIN_BINDING = 0x4
+_ELEMENT_END, _ELEMENT_CATCHALL = 0x1, 0x2
+
+_TABLE, _TABLE_HANDLE = 1, 4
+_CHAIN_HANDLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_FLAGS = 2, 3, 4, 10
+_RULE_CHAIN, _RULE_HANDLE, _RULE_ID, _RULE_CHAIN_ID = 2, 3, 9, 11
+_SET_NAME, _SET_FLAGS = 2, 3
+_ELEMENTS_SET, _ELEMENTS = 2, 3
+_ELEMENT_KEY, _ELEMENT_FLAGS = 1, 3
+
+TableKey = tuple[int, str]
+
+
+@dataclass(slots=True)
+class SetObjects:
+    """One named set or map: hashes of its elements' keys, without the ends of intervals.
+
+    `dynamic` sets change by packets and by time.
+    """
+
+    dynamic: bool = False
+    keys: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class TableObjects:
+    """One table: rules by chain, base chains' names, sets by name."""
+
+    chains: dict[str, int] = field(default_factory=dict)
+    base: set[str] = field(default_factory=set)
+    sets: dict[str, SetObjects] = field(default_factory=dict)
+
+    def counts(self) -> Mapping[str, int]:
+        """Numbers by object."""
+        return {
+            "chain": len(self.chains),
+            "rule": sum(self.chains.values()),
+            "set": len(self.sets),
+            "element": sum(len(each.keys) for each in self.sets.values()),
+        }
+
+
+class Inventory:
+    """All tables of one network namespace at one generation.
+
+    Attributes:
+        generation: of the ruleset that it describes.
+        exact: whether nothing happened that it could not follow.
+        tables: by (nfproto, name).
+    """
+
+    def __init__(self, generation: int = 0) -> None:
+        self.generation = generation
+        self.exact = True
+        self.tables: dict[TableKey, TableObjects] = {}
+        self._chains = 0
+        self._elements = 0
+
+    def apply(self, data: bytes) -> None:
+        """Take in a committed batch, given whole. It becomes inexact where the batch does not tell enough."""
+        try:
+            for kind, flags, _, start, end in messages(data):
+                if kind >> 8 == NFNL_SUBSYS_NFTABLES and end - start >= ATTRIBUTES:
+                    self._message(kind & 0xFF, flags, data, start, end)
+        except NetlinkError:
+            self.exact = False
+
+    def take(self, message: bytes) -> None:
+        """Take in one object of a dump, header included."""
+        kind, flags = HEADER.unpack_from(message)[1:3]
+        self._message(kind & 0xFF, flags, message, 0, len(message))
+
+    def _message(self, number: int, flags: int, data: bytes, start: int, end: int) -> None:
+        found: dict[int, tuple[int, int]] = {}
+        for kind, low, high in attributes(data, start + ATTRIBUTES, end):
+            found.setdefault(kind, (low, high))
+        family = data[start + HEADER.size]
+        name = text(data, *found[_TABLE]) if _TABLE in found else ""
+        change = _Change(self, data, found, family, name, flags)
+        match number:
+            case NftMessage.NEWTABLE:
+                self.tables.setdefault((family, name), TableObjects())
+            case NftMessage.DELTABLE:
+                change.delete_table()
+            case NftMessage.NEWCHAIN:
+                change.new_chain()
+            case NftMessage.DELCHAIN:
+                change.delete_chain()
+            case NftMessage.NEWRULE:
+                change.new_rule()
+            case NftMessage.DELRULE:
+                change.delete_rule()
+            case NftMessage.NEWSET:
+                change.new_set()
+            case NftMessage.DELSET:
+                change.delete_set()
+            case NftMessage.NEWSETELEM:
+                change.new_elements()
+            case NftMessage.DELSETELEM:
+                change.delete_elements()
+            case (
+                NftMessage.DESTROYTABLE
+                | NftMessage.DESTROYCHAIN
+                | NftMessage.DESTROYRULE
+                | NftMessage.DESTROYSET
+                | NftMessage.DESTROYSETELEM
+            ):
+                self.exact = False  # whether it was there is not told
+
+    def room_for_chain(self) -> bool:
+        """Count one more chain, if there is room."""
+        self._chains += 1
+        self.exact &= self._chains <= MAX_CHAINS
+        return self._chains <= MAX_CHAINS
+
+    def room_for_element(self) -> bool:
+        """Count one more element, if there is room."""
+        self._elements += 1
+        self.exact &= self._elements <= MAX_ELEMENTS
+        return self._elements <= MAX_ELEMENTS
+
+    def drop_table(self, key: TableKey) -> None:
+        """Forget a table and what is in it."""
+        table = self.tables.pop(key, None)
+        if table is not None:
+            self._chains -= len(table.chains)
+            self._elements -= sum(len(each.keys) for each in table.sets.values())
+
+    def drop_chains(self, count: int) -> None:
+        """Count chains less."""
+        self._chains -= count
+
+    def drop_elements(self, count: int) -> None:
+        """Count elements less."""
+        self._elements -= count
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether any set changes without a batch."""
+        return any(each.dynamic for table in self.tables.values() for each in table.sets.values())
+
+    def named_sets(self) -> Iterator[tuple[int, str, str]]:
+        """(nfproto, table, set) of every named set."""
+        for (family, table), objects in self.tables.items():
+            for name in objects.sets:
+                yield family, table, name
+
+
+@dataclass(slots=True)
+class _Change:
+    """One message about one table, being taken in."""
+
+    inventory: Inventory
+    data: bytes
+    found: dict[int, tuple[int, int]]
+    family: int
+    name: str
+    flags: int
+
+    def _text(self, kind: int) -> str:
+        return text(self.data, *self.found[kind]) if kind in self.found else ""
+
+    def _number(self, kind: int) -> int:
+        return be32(self.data, *self.found[kind]) if kind in self.found else 0
+
+    @property
+    def _table(self) -> TableObjects | None:
+        return self.inventory.tables.get((self.family, self.name))
+
+    def _inexact(self) -> None:
+        self.inventory.exact = False
+
+    def delete_table(self) -> None:
+        if _TABLE in self.found:
+            self.inventory.drop_table((self.family, self.name))
+        elif _TABLE_HANDLE in self.found:
+            self._inexact()
+        else:  # all tables of the family, or all there are
+            for key in [key for key in self.inventory.tables if self.family in (0, key[0])]:
+                self.inventory.drop_table(key)
+
+    def new_chain(self) -> None:
+        table, name = self._table, self._text(_CHAIN_NAME)
+        if self._number(_CHAIN_FLAGS) & _CHAIN_BINDING:
+            return
+        if table is None or not name:
+            self._inexact()
+            return
+        if name not in table.chains:
+            if _CHAIN_HANDLE in self.found and not self._is_dumped():
+                self._inexact()  # a chain gets another name
+            elif self.inventory.room_for_chain():
+                table.chains[name] = 0
+        if _CHAIN_HOOK in self.found:
+            table.base.add(name)
+
+    def _is_dumped(self) -> bool:
+        """Whether the message came from the kernel: requests have NLM_F_REQUEST."""
+        return not self.flags & 1
+
+    def delete_chain(self) -> None:
+        table, name = self._table, self._text(_CHAIN_NAME)
+        if table is None or not name:
+            self._inexact()
+        elif _CHAIN_HOOK not in self.found and name in table.chains:  # with a hook, it only loses devices
+            del table.chains[name]
+            table.base.discard(name)
+            self.inventory.drop_chains(1)
+
+    def new_rule(self) -> None:
+        table, chain = self._table, self._text(_RULE_CHAIN)
+        if self.flags & _NLM_F_REPLACE and not self._is_dumped():
+            return
+        if table is not None and chain in table.chains:
+            table.chains[chain] += 1
+        elif not self._is_dumped() or not chain:
+            self._inexact()  # a chain named by its id, or unknown
+
+    def delete_rule(self) -> None:
+        table = self._table
+        if table is None or _RULE_CHAIN_ID in self.found:
+            self._inexact()
+            return
+        chains = [self._text(_RULE_CHAIN)] if _RULE_CHAIN in self.found else list(table.chains)
+        one = _RULE_HANDLE in self.found or _RULE_ID in self.found
+        for chain in chains:
+            if chain not in table.chains:
+                self._inexact()
+            else:
+                table.chains[chain] = max(0, table.chains[chain] - 1) if one else 0
+
+    def new_set(self) -> None:
+        table, flags = self._table, self._number(_SET_FLAGS)
+        if flags & _SET_ANONYMOUS:
+            return
+        if table is None:
+            self._inexact()
+        else:
+            name = self._text(_SET_NAME)
+            table.sets.setdefault(name, SetObjects()).dynamic = bool(flags & (_SET_TIMEOUT | _SET_EVAL))
+
+    def delete_set(self) -> None:
+        table, name = self._table, self._text(_SET_NAME)
+        if table is None or not name:
+            self._inexact()
+        elif name in table.sets:
+            self.inventory.drop_elements(len(table.sets.pop(name).keys))
+
+    def _set(self) -> SetObjects | None:
+        table, name = self._table, self._text(_ELEMENTS_SET)
+        if table is None:
+            self._inexact()
+            return None
+        if name not in table.sets:
+            # An anonymous set, which has the pattern of its name to come (`__set%d`), or one by its number.
+            if "%" not in name and not name.startswith("__"):
+                self._inexact()
+            return None
+        return table.sets[name]
+
+    def _keys(self) -> Iterator[int]:
+        for _, low, high in attributes(self.data, *self.found[_ELEMENTS]):
+            key, flags = b"", 0
+            for kind, start, end in attributes(self.data, low, high):
+                if kind == _ELEMENT_KEY:
+                    key = self.data[start:end]
+                elif kind == _ELEMENT_FLAGS:
+                    flags = be32(self.data, start, end)
+            if flags & _ELEMENT_CATCHALL:
+                key = b"*"
+            if not flags & _ELEMENT_END:
+                yield hash(_value(key))
+
+    def new_elements(self) -> None:
+        target = self._set()
+        if target is None or _ELEMENTS not in self.found:
+            return
+        for key in self._keys():
+            if key not in target.keys and self.inventory.room_for_element():
+                target.keys.add(key)
+
+    def delete_elements(self) -> None:
+        target = self._set()
+        if target is None:
+            return
+        before = len(target.keys)
+        if _ELEMENTS in self.found:
+            target.keys.difference_update(self._keys())
+        else:
+            target.keys.clear()
+        self.inventory.drop_elements(before - len(target.keys))
+
+
+def _value(key: bytes) -> bytes:
+    """The value inside a nested NFTA_DATA_VALUE: its header's flags differ between requests and dumps."""
+    return next((key[start:end] for _, start, end in attributes(key, 0, len(key))), key)

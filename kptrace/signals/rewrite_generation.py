@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commits that nobody traced: the ruleset's generation moved further than the traced ones explain."""
+
+from collections.abc import Callable
+
+from kptrace.model.rewrite import Outcome
+
+_WRAP = 0xFFFFFFFF
+
+
+class GenerationWatch:
+    """Compares the generation with what was traced, at quiet moments only.
+
+    Attributes:
+        generation: when last asked; None before the first time, or without nf_tables.
+        untraced: commits that were missed, ever.
+    """
+
+    def __init__(
+        self, ask: Callable[[], int | None], catch_up: Callable[[], None], busy: Callable[[], bool]
+    ) -> None:
+        """Watch.
+
+        Args:
+            ask: GETGEN; None where it failed.
+            catch_up: takes all records in that wait.
+            busy: whether a transaction is under way, which may or may not have been counted by the generation yet.
+        """
+        self._ask = ask
+        self._catch_up = catch_up
+        self._busy = busy
+        self._anchor: int | None = None
+        self._explained = 0
+        self.generation: int | None = None
+        self.untraced = 0
+
+    def traced(self, outcome: Outcome) -> None:
+        """A transaction of the namespace was seen: it explains one commit, or may do so."""
+        self._explained += outcome in (Outcome.COMMITTED, Outcome.UNKNOWN)
+
+    def tick(self) -> int:
+        """Compare; returns how many commits were found missing.
+
+        A commit between the two questions, or one under way, puts the comparison off: nothing is ever guessed.
+        """
+        before = self._ask()
+        if self._busy():
+            self.generation = before
+            return 0
+        self._catch_up()
+        after = self._ask()
+        self.generation = after
+        if before is None or before != after:
+            return 0
+        missing = 0
+        if self._anchor is not None:
+            missing = max(0, ((before - self._anchor) & _WRAP) - self._explained)
+        self._anchor, self._explained = before, 0
+        self.untraced += missing
+        return missing

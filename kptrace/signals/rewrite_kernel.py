@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel side of the rewrite signal: its maps, its syscall tracepoints, and the ring that records come through."""
+
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kptrace.kernel.attach import attach_raw_tracepoint, attach_tracepoint
+from kptrace.kernel.bytecode import Bytecode, link
+from kptrace.kernel.compile import Request
+from kptrace.kernel.events import RingBuffer
+from kptrace.kernel.load import ProgramType, load_program
+from kptrace.kernel.maps import Map
+from kptrace.kernel.tracefs import Tracefs
+
+REQUEST = Request(
+    "rewrite.bpf.c",
+    facts={
+        "KPT_KFUNC_RDONLY_CAST": "?func:bpf_rdonly_cast",
+        "KPT_TASK": "struct:task_struct",
+        "KPT_TASK_NSPROXY": "offset:task_struct:nsproxy",
+        "KPT_TASK_PARENT": "offset:task_struct:real_parent",
+        "KPT_TASK_TGID": "offset:task_struct:tgid",
+        "KPT_TASK_FILES": "offset:task_struct:files",
+        "KPT_NSPROXY": "struct:nsproxy",
+        "KPT_NSPROXY_NET": "offset:nsproxy:net_ns",
+        "KPT_NSPROXY_MNT": "offset:nsproxy:mnt_ns",
+        "KPT_NET": "struct:net",
+        "KPT_NET_INUM": "offset:net:ns.inum",
+        "KPT_NET_BASE_SEQ": "?offset:net:nft.base_seq",
+        "KPT_NET_GENCURSOR": "?offset:net:nft.gencursor",
+        "KPT_MNT": "struct:mnt_namespace",
+        "KPT_MNT_INUM": "offset:mnt_namespace:ns.inum",
+        "KPT_FILES": "struct:files_struct",
+        "KPT_FILES_FDT": "offset:files_struct:fdt",
+        "KPT_FDTABLE": "struct:fdtable",
+        "KPT_FDTABLE_MAX": "offset:fdtable:max_fds",
+        "KPT_FDTABLE_FD": "offset:fdtable:fd",
+        "KPT_FILE": "struct:file",
+        "KPT_FILE_INODE": "offset:file:f_inode",
+        "KPT_FILE_PRIVATE": "offset:file:private_data",
+        "KPT_INODE": "struct:inode",
+        "KPT_INODE_MODE": "offset:inode:i_mode",
+        "KPT_SOCKET": "struct:socket",
+        "KPT_SOCKET_SK": "offset:socket:sk",
+        "KPT_SOCK": "struct:sock",
+        "KPT_SOCK_FAMILY": "offset:sock:__sk_common.skc_family",
+        "KPT_SOCK_NET": "offset:sock:__sk_common.skc_net.net",
+        "KPT_SOCK_PROTOCOL": "offset:sock:sk_protocol",
+        "KPT_SOCK_QUEUE_LENGTH": "offset:sock:sk_receive_queue.qlen",
+        "KPT_SOCK_QUEUE_LAST": "offset:sock:sk_receive_queue.prev",
+        "KPT_SKB": "struct:sk_buff",
+        "KPT_SKB_PREV": "offset:sk_buff:prev",
+        "KPT_SKB_DATA": "offset:sk_buff:data",
+        "KPT_PT_REGS": "struct:pt_regs",
+        "KPT_BINPRM": "struct:linux_binprm",
+        "KPT_BINPRM_FILENAME": "offset:linux_binprm:filename",
+    },
+)
+
+#: Syscall to the program at its entry; all share the one at their exits.
+_SYSCALLS = {
+    "sendmsg": "enter_sendmsg",
+    "sendmmsg": "enter_sendmmsg",
+    "sendto": "enter_flat",
+    "write": "enter_flat",
+    "writev": "enter_writev",
+    "setsockopt": "enter_setsockopt",
+}
+_RAW = {"sched_process_exec": "process_exec", "sched_process_exit": "process_exit"}
+
+#: `struct started` in rewrite.h.
+_STARTED = struct.Struct("=5Q6I")
+_KEY = struct.Struct("=Q")
+LOST_REASONS = ("ring_full", "running_full", "unreadable")
+_UNSURE = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A transaction whose syscall has not returned yet."""
+
+    tgid: int
+    tid: int
+    begin_ns: int
+    kind: int
+    netns: int
+
+
+class RewriteKernel:
+    """Maps and programs in the kernel; everything goes away with `close`, or with the process."""
+
+    def __init__(self, bytecode: Bytecode, on_record: Callable[[bytes], None]) -> None:
+        """Make the maps; nothing is attached yet. `on_record` gets every record from `consume`."""
+        self._code = bytecode
+        self._maps = {name: Map(spec) for name, spec in bytecode.maps.items()}
+        self._fds = {name: each.fd for name, each in self._maps.items()}
+        self._attached: list[int] = []
+        self._ring = RingBuffer(self._fds["events"], on_record)
+        self._closed = False
+
+    @property
+    def knows_generation(self) -> bool:
+        """Whether records carry the ruleset's generation itself, not only whether it moved."""
+        return "KPT_NET_BASE_SEQ" in self._code.values
+
+    @property
+    def fd(self) -> int:
+        """Becomes readable when a rewrite waits."""
+        return self._ring.fd
+
+    def attach(self, sys_root: Path = Path("/sys")) -> None:
+        """Load and attach all programs.
+
+        Raises:
+            PrivilegeError, KernelError: the kernel refuses them.
+            UnsupportedError: it has no syscall tracepoints.
+        """
+        tracefs = Tracefs(sys_root)
+        programs: dict[str, int] = {}
+        try:
+            for name in ("exit_rewrite", *dict.fromkeys(_SYSCALLS.values())):
+                programs[name] = self._load(name, ProgramType.TRACEPOINT)
+            # Exits first: no entry is ever left without one.
+            for call in _SYSCALLS:
+                self._hook(programs["exit_rewrite"], tracefs, f"sys_exit_{call}")
+            for name, program in _RAW.items():
+                programs[program] = self._load(program, ProgramType.RAW_TRACEPOINT)
+                self._attached.append(attach_raw_tracepoint(programs[program], name))
+            for call, program in _SYSCALLS.items():
+                self._hook(programs[program], tracefs, f"sys_enter_{call}")
+        finally:
+            tracefs.close()
+            for fd in programs.values():
+                os.close(fd)
+
+    def _load(self, name: str, kind: ProgramType) -> int:
+        kfunc = self._code.values.get("KPT_KFUNC_RDONLY_CAST")
+        code = link(
+            self._code.functions[name],
+            map_fds=self._fds,
+            kfuncs={0: kfunc} if kfunc is not None else {},
+        )
+        return load_program(name, code, kind)
+
+    def _hook(self, program: int, tracefs: Tracefs, name: str) -> None:
+        self._attached.append(attach_tracepoint(program, tracefs, "syscalls", name))
+
+    def consume(self) -> int:
+        """Hand waiting records to the receiver; return how many."""
+        return 0 if self._closed else self._ring.consume()
+
+    def running(self) -> Iterator[Running]:
+        """Transactions that are under way now. Safe on any thread until `close`."""
+        for key in self._maps["running"].keys():  # noqa: SIM118  (a BPF map is no dict)
+            value = self._maps["running"].lookup(key)
+            if value is not None:
+                begin, _, _, _, _, kind, flags, _, _, netns, _ = _STARTED.unpack(value)
+                if not flags & _UNSURE:
+                    identity = _KEY.unpack(key)[0]
+                    yield Running(identity >> 32, identity & 0xFFFFFFFF, begin, kind, netns)
+
+    def forget(self, run: Running) -> None:
+        """Remove a transaction whose thread is gone."""
+        self._maps["running"].delete(_KEY.pack(run.tgid << 32 | run.tid))
+
+    def losses(self) -> Mapping[str, int]:
+        """Records that never came, by reason."""
+        values = memoryview(self._maps["lost"].memory()).cast("Q")
+        return dict(zip(LOST_REASONS, values, strict=False))
+
+    def close(self) -> None:
+        """Detach and free. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        while self._attached:
+            os.close(self._attached.pop())
+        self._ring.close()
+        for each in self._maps.values():
+            each.close()

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rewrite signal's families, and the counts behind them. Written by the loop's thread, read by scrapes."""
+
+import math
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable
+from threading import Lock
+from typing import Final
+
+from kptrace.model.metrics import HistogramSample, MetricFamily, MetricSpec, Sample
+from kptrace.model.rewrite import Outcome, Rewrite
+from kptrace.signals.rewrite_labels import TableNames
+
+#: Edges in seconds, 10 us to 30 min: 16 with +Inf.
+REWRITE_LADDER: Final = (
+    1e-5, 1e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 0.25, 1.0, 5.0, 30.0, 300.0, 1800.0,
+)  # fmt: skip
+
+DURATION = MetricSpec(
+    "kptrace_rewrite_duration_seconds",
+    "histogram",
+    "Duration of the system call that carried a transaction: sendmsg, sendto, sendmmsg, write or writev of an nfnetlink"
+    " batch, setsockopt of a legacy table. Entry to exit, mechanism tracepoint, the watched namespace only. Outcome checked"
+    " is a dry run, empty had nothing to change; it is never taken from a netlink call's result.",
+    ("dataplane", "family", "table", "writer", "outcome"),
+)
+OBJECTS = MetricSpec(
+    "kptrace_rewrite_objects_total",
+    "counter",
+    "Objects that committed batches named, as far as the bounded copy of each tells; flush is one for all that it takes."
+    " A legacy table is always replaced whole: object entry, operation replace.",
+    ("dataplane", "table", "object", "operation"),
+)
+TRUNCATED = MetricSpec(
+    "kptrace_rewrite_truncated_total",
+    "counter",
+    "Committed batches that were longer than the copy: objects behind its end are not in kptrace_rewrite_objects_total.",
+    ("dataplane",),
+)
+RULESET = MetricSpec(
+    "kptrace_ruleset_objects",
+    "gauge",
+    "Chains, rules, named sets and their elements, by table; of legacy tables entries (rules, policies and chain ends)."
+    " From a dump, kept up by batches, and dumped again where they do not tell enough.",
+    ("dataplane", "family", "table", "object"),
+)
+EXACT = MetricSpec(
+    "kptrace_ruleset_objects_exact",
+    "gauge",
+    "1 where kptrace_ruleset_objects follows every commit since the last dump, 0 where a new dump is due.",
+)
+GENERATION = MetricSpec(
+    "kptrace_ruleset_generation",
+    "gauge",
+    "Generation of the watched namespace's nf_tables ruleset: it moves by one with every commit.",
+)
+RUNNING = MetricSpec(
+    "kptrace_rewrite_running_seconds",
+    "gauge",
+    "How long the longest transaction that is under way has been, 0 when there is none.",
+    ("writer",),
+)
+ELSEWHERE = MetricSpec(
+    "kptrace_rewrite_other_netns_total",
+    "counter",
+    "Transactions in other network namespaces than the watched one.",
+)
+SPECS: Final = (DURATION, OBJECTS, TRUNCATED, RULESET, EXACT, GENERATION, RUNNING, ELSEWHERE)
+
+_Labels = tuple[str, ...]
+
+
+class Histogram:
+    """Counts on `REWRITE_LADDER`, an edge belonging to its bucket."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(REWRITE_LADDER) + 1)
+        self._sum_ns = 0
+
+    def add(self, duration_ns: int) -> None:
+        """Count one duration."""
+        self._counts[bisect_left(REWRITE_LADDER, duration_ns / 1e9)] += 1
+        self._sum_ns += duration_ns
+
+    def sample(self, labels: _Labels) -> HistogramSample:
+        """The present state."""
+        buckets, total = [], 0
+        for edge, count in zip((*REWRITE_LADDER, math.inf), self._counts, strict=True):
+            total += count
+            buckets.append((edge, total))
+        return HistogramSample(labels, tuple(buckets), self._sum_ns / 1e9)
+
+
+class RewriteCounts:
+    """Everything that is counted from rewrites."""
+
+    def __init__(self, names: TableNames) -> None:
+        """`names` bounds the tables that are told apart."""
+        self._names = names
+        self._lock = Lock()
+        self._durations: dict[_Labels, Histogram] = {}
+        self._objects: Counter[_Labels] = Counter()
+        self._truncated: Counter[_Labels] = Counter()
+        self._elsewhere = 0
+
+    def add(self, rewrite: Rewrite) -> None:
+        """Count a rewrite in the watched namespace."""
+        plane = rewrite.dataplane.value
+        labels = (
+            plane,
+            rewrite.family,
+            self._names.label(rewrite.table),
+            rewrite.writer,
+            rewrite.outcome.value,
+        )
+        with self._lock:
+            self._durations.setdefault(labels, Histogram()).add(rewrite.end_ns - rewrite.begin_ns)
+            if rewrite.outcome is not Outcome.COMMITTED:
+                return
+            if rewrite.truncated:
+                self._truncated[(plane,)] += 1
+            for each in rewrite.objects:
+                key = (plane, self._names.label(each.table), each.object, each.operation)
+                self._objects[key] += each.count
+
+    def add_elsewhere(self) -> None:
+        """Count a rewrite in another namespace."""
+        with self._lock:
+            self._elsewhere += 1
+
+    def families(self) -> Iterable[MetricFamily]:
+        """The present values."""
+        with self._lock:
+            durations = [histogram.sample(labels) for labels, histogram in sorted(self._durations.items())]
+            objects = [Sample(labels, float(count)) for labels, count in sorted(self._objects.items())]
+            truncated = [Sample(labels, float(count)) for labels, count in sorted(self._truncated.items())]
+            elsewhere = float(self._elsewhere)
+        return (
+            MetricFamily(DURATION, durations),
+            MetricFamily(OBJECTS, objects),
+            MetricFamily(TRUNCATED, truncated),
+            MetricFamily(ELSEWHERE, [Sample((), elsewhere)]),
+        )
