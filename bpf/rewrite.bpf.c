@@ -12,6 +12,7 @@
  */
 #include <linux/types.h>
 #include <kptrace/rewrite.h>
+#include <kptrace/task.h>
 
 #define AF_INET 2
 #define AF_INET6 10
@@ -248,14 +249,18 @@ int enter_setsockopt(u64 *ctx)
 	return 0;
 }
 
-/* The newest error among the last messages that wait on the sender's socket. */
-static __always_inline s32 queued_error(u64 sk)
+/* The newest error among the messages that were queued on the sender's socket meanwhile; older ones may wait there too. */
+static __always_inline s32 queued_error(u64 sk, u32 answers)
 {
 	u64 message, data, head, code;
 
 	KPT_FOLLOW(u64, message, sk, KPT_SOCK, KPT_SOCK_QUEUE_LAST);
 #pragma unroll
 	for (int i = 0; i < ANSWERS; i++) {
+		/* Keeps clang from making one bound of two, by whose `!=` the verifier sees no end. */
+		asm volatile("" : "+r"(answers));
+		if (i >= answers)
+			break;
 		KPT_FOLLOW(u64, data, message, KPT_SKB, KPT_SKB_DATA);
 		KPT_WORD(head, data, 0);
 		KPT_WORD(code, data, 2);
@@ -315,6 +320,18 @@ static __always_inline u64 copy_batch(struct rewrite_record *record, u64 base, u
 	return copied;
 }
 
+static __always_inline void task_parents(u64 task, u32 *parents)
+{
+	u64 tgid;
+
+#pragma unroll
+	for (int i = 0; i < PARENTS; i++) {
+		KPT_FOLLOW(u64, task, task, KPT_TASK, KPT_TASK_PARENT);
+		KPT_FOLLOW(u32, tgid, task, KPT_TASK, KPT_TASK_TGID);
+		parents[i] = tgid;
+	}
+}
+
 static __always_inline void fill(struct rewrite_record *record, struct started *started, u64 now)
 {
 	struct rewrite_head *head = &record->head;
@@ -336,7 +353,7 @@ static __always_inline void fill(struct rewrite_record *record, struct started *
 	head->queued_end = queued_on(sk);
 	head->error = 0;
 	if (head->queued_end > head->queued_begin && started->kind <= KIND_VECTOR)
-		head->error = queued_error(sk);
+		head->error = queued_error(sk, head->queued_end - head->queued_begin);
 	task_parents(task, head->parents);
 	bpf_get_current_comm(head->comm, sizeof(head->comm));
 	head->size = 0;

@@ -5,6 +5,7 @@ import argparse
 import logging
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -39,6 +40,7 @@ BTF = Path("/sys/kernel/btf/vmlinux")
 CHAIN = "table ip t { chain c { type filter hook output priority -100; udp dport 5353 counter; }; }"
 ROUNDS = 9
 PACKETS = 300_000
+PAIRS = 20
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,67 @@ def daemon(loops: Path, folder: Path) -> list[Figure]:
     ]
 
 
+def commits(folder: Path) -> list[Figure]:
+    """How much slower a writer's commit is beside the daemon: interleaved pairs of 10,000-object transactions."""
+    figures = []
+    addresses = [f"10.{n >> 8}.{n & 255}.1" for n in range(10_000)]
+    rules = "".join(f"add rule ip big c ip daddr {address} counter\n" for address in addresses)
+    legacy = "".join(f"-A BIG -d {address} -j ACCEPT\n" for address in addresses)
+    writers = {
+        "nft": (
+            "sendmsg",
+            ["nft", "-f"],
+            f"add table ip big\nflush table ip big\nadd chain ip big c\n{rules}",
+        ),
+        "iptables-legacy": (
+            "setsockopt",
+            ["iptables-legacy-restore", "-n"],
+            f"*filter\n:BIG -\n{legacy}COMMIT\n",
+        ),
+    }
+    with Namespace("bench") as namespace:
+        for name, (call, command, text) in writers.items():
+            script = folder / f"{name}.rules"
+            script.write_text(text)
+
+            def commit(call: str = call, command: list[str] = command, script: Path = script) -> float:
+                log = folder / "strace"
+                namespace.run(
+                    ["strace", "-f", "-T", "-e", f"trace={call}", "-o", str(log), *command, str(script)]
+                )
+                return max(
+                    float(found) for found in re.findall(r"<([0-9.]+)>$", log.read_text(), re.MULTILINE)
+                )
+
+            ratios = []
+            commit()
+            for number in range(PAIRS):
+                request = DaemonRequest(
+                    namespace.path, folder / "none.json", folder / f"pair-{name}-{number}"
+                )
+                request.identity_file.write_text('{"apiVersion": "v1", "kind": "List", "items": []}')
+                argv = [*default_command(request), "--cache-dir", str(folder / "cache")]
+                without = commit()
+                with DaemonProcess(argv, request.ready_file, folder / "log") as process:
+                    settle(process.pid)
+                    beside = commit()
+                ratios.append(beside / without)
+            slower = (statistics.median(ratios) - 1) * 100
+            figures.append(Figure(f"commit of 10,000 objects by {name}, slower by", slower, "%", 5))
+    return figures
+
+
+def settle(pid: int) -> None:
+    """Wait until a process has used no CPU for half a second: its start is over."""
+    stat = Path(f"/proc/{pid}/stat")
+    quiet_since, last = time.monotonic(), ""
+    while time.monotonic() - quiet_since < 0.5:
+        used = " ".join(stat.read_text().rpartition(")")[2].split()[11:13])
+        if used != last:
+            quiet_since, last = time.monotonic(), used
+        time.sleep(0.05)
+
+
 def loop(loops: Path, name: str) -> float:
     """Least ns per iteration of five runs."""
     runs = [
@@ -196,13 +259,16 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail where a figure is above twice its budget")
     options = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    # What an installation has: compiled modules.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryDirectory(prefix="kptrace-bench-") as name:
         folder = Path(name)
         loops = build_loops(folder)
-        bytecode = Compiler(BTF, None).build([REQUEST])[0]
+        bytecode = Compiler(BTF, None).build(REQUEST)
         figures = packets(bytecode, loops)
         print("\n".join(figure.row() for figure in figures), flush=True)
         figures += daemon(loops, folder)
+        figures += commits(folder)
     table = "\n".join(figure.row() for figure in figures)
     (ROOT / "docs/overhead.md").write_text(
         "# What kptrace costs\n\nWritten by `make bench`; every figure was measured by it.\n\n"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sources that one daemon runs: which signals this kernel and the settings allow, made and connected."""
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,7 +16,7 @@ from kptrace.identity.source import Identity, IdentitySettings
 from kptrace.kernel.bytecode import Bytecode
 from kptrace.kernel.capabilities import Capability, effective_capabilities, missing_capabilities
 from kptrace.kernel.compile import Compiler, Request
-from kptrace.kernel.features import probe
+from kptrace.kernel.features import TABLE, probe
 from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.errors import CompileError, KernelError, PrivilegeError, UnsupportedError
 from kptrace.model.metrics import MetricFamily, MetricSpec
@@ -25,10 +26,11 @@ from kptrace.model.signal import MechanismState, Source, State
 from kptrace.signals.lookup import LookupSignal, Options
 from kptrace.signals.lookup_kernel import REQUEST as LOOKUP_REQUEST
 from kptrace.signals.lookup_kernel import LookupKernel
-from kptrace.signals.mechanisms import judge_all
-from kptrace.signals.rewrite import BASE_CHAINS, RewriteSignal
+from kptrace.signals.mechanisms import SLOW_FEATURES, judge_all
 from kptrace.signals.rewrite import Options as RewriteOptions
+from kptrace.signals.rewrite import RewriteSignal
 from kptrace.signals.rewrite_kernel import REQUEST as REWRITE_REQUEST
+from kptrace.signals.rewrite_reduce import BASE_CHAINS
 from kptrace.signals.writers import parse_writer
 
 IDENTITY_POLL_SECONDS = 0.5
@@ -37,12 +39,17 @@ _NEEDED = (Capability.BPF, Capability.PERFMON, Capability.NET_ADMIN, Capability.
 
 
 class Missing:
-    """A signal that this node cannot measure, or was told not to: it has a state and no samples."""
+    """Mechanisms that this node cannot use, or was told not to: they have states and no samples.
 
-    def __init__(self, state: MechanismState) -> None:
-        """A source with nothing but its state."""
-        self.name = state.signal
-        self._state = state
+    Attributes:
+        rows: the states; replaced as a whole.
+    """
+
+    name = "mechanisms"
+
+    def __init__(self, rows: tuple[MechanismState, ...]) -> None:
+        """A source with nothing but states."""
+        self.rows = rows
 
     def describe(self) -> Sequence[MetricSpec]:
         """See `Source`."""
@@ -54,7 +61,7 @@ class Missing:
 
     def states(self) -> Sequence[MechanismState]:
         """See `Source`."""
-        return (self._state,)
+        return self.rows
 
 
 class Parts:
@@ -81,7 +88,8 @@ class Parts:
             )
         )
         self._stack.callback(self.identity.close)
-        self.sources: list[Source] = [self.identity]
+        self._unused = Missing(())
+        self.sources: list[Source] = [self.identity, self._unused]
         self.from_cache = False
         self._started = False
         self.lookup: LookupSignal | None = None
@@ -130,7 +138,9 @@ class Parts:
             self._start_lookup(codes[bracket])
         if tracepoint in codes:
             self._start_rewrite(codes[tracepoint])
-        self.sources += [Missing(state) for state in states.values()]
+        self._unused.rows += tuple(states.values())
+        rest = frozenset(states)
+        threading.Thread(target=self._probe_rest, args=[rest], name="kptrace-probe", daemon=True).start()
         self._loop.call_every(IDENTITY_POLL_SECONDS, self.identity.poll)
         self._started = True
 
@@ -146,7 +156,8 @@ class Parts:
             raise PrivilegeError(
                 f"missing {', '.join(map(str, missing))}", remedy="run as root, or grant these capabilities"
             )
-        states = judge_all(probe(self._settings.host))
+        quick = [feature for feature in TABLE if feature.name not in SLOW_FEATURES]
+        states = judge_all(probe(self._settings.host, table=quick))
         wanted = next((s for s in states if s.mechanism == self._settings.lookup_mechanism), None)
         if wanted is not None and wanted.state is State.UNAVAILABLE:
             raise UnsupportedError(
@@ -155,27 +166,29 @@ class Parts:
             )
         return states
 
+    def _probe_rest(self, rest: frozenset[tuple[str, str]]) -> None:
+        """Find out about the mechanisms that are not in use, beside the running signals."""
+        fresh = {(s.signal, s.mechanism): s for s in judge_all(probe(self._settings.host))}
+
+        def publish() -> None:
+            old = (row for row in self._unused.rows if (row.signal, row.mechanism) not in rest)
+            self._unused.rows = (*old, *(fresh[key] for key in sorted(rest)))
+
+        self._loop.call_soon_threadsafe(publish)
+
     def _compile(self, wanted: Mapping[MechanismState, Request]) -> dict[MechanismState, Bytecode]:
-        """Compile for the mechanisms that can be had, in one child; the others become sources that say why not."""
+        """Compile for the mechanisms that can be had; the others become sources that say why not."""
         requests = {state: request for state, request in wanted.items() if state.state is State.ACTIVE}
-        self.sources += [Missing(state) for state in wanted if state not in requests]
-        if not requests:
-            return {}
+        self._unused.rows += tuple(state for state in wanted if state not in requests)
         compiler = Compiler(self._settings.host.sys / "kernel/btf/vmlinux", self._settings.cache_dir)
-        try:
-            codes = compiler.build(list(requests.values()))
-        except (CompileError, OSError) as error:
-            if len(requests) == 1:
-                state = next(iter(requests))
-                self._unavailable(state.signal, state.mechanism, "compile_failed", error)
-                return {}
-            # One that does not compile must not take the other with it.
-            found: dict[MechanismState, Bytecode] = {}
-            for state, request in requests.items():
-                found.update(self._compile({state: request}))
-            return found
+        found = {}
+        for state, answer in zip(requests, compiler.build_each(list(requests.values())), strict=True):
+            if isinstance(answer, CompileError):
+                self._unavailable(state.signal, state.mechanism, "compile_failed", answer)
+            else:
+                found[state] = answer
         self.from_cache = compiler.from_cache
-        return dict(zip(requests, codes, strict=True))
+        return found
 
     def _start_rewrite(self, code: Bytecode) -> None:
         try:
@@ -237,10 +250,19 @@ class Parts:
         self.sources.append(lookup)
 
     def _unavailable(self, signal: str, mechanism: str, reason: str, error: Exception) -> None:
+        """Go on without a mechanism; its state says why.
+
+        Raises:
+            UnsupportedError: the user asked for just this mechanism.
+        """
+        if self._settings.lookup_mechanism == mechanism:
+            raise UnsupportedError(
+                f"look-ups cannot be measured by {mechanism}: {error}", remedy="use --lookup-mechanism=auto"
+            ) from error
         self._log.error(
             "signal_unavailable", signal=signal, mechanism=mechanism, reason=reason, error=str(error)
         )
-        self.sources.append(Missing(MechanismState(signal, mechanism, State.UNAVAILABLE, reason, str(error))))
+        self._unused.rows += (MechanismState(signal, mechanism, State.UNAVAILABLE, reason, str(error)),)
 
     def close(self) -> None:
         """Detach and free everything, in reverse order. Idempotent."""

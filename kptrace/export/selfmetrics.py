@@ -16,8 +16,9 @@ NODE = MetricSpec(
 )
 STATE = MetricSpec(
     "kptrace_signal_state",
-    "info",
-    "State of each mechanism of each signal: active, degraded, unavailable or off, with a reason; see /status.",
+    "gauge",
+    "1 for the present state of each mechanism of each signal: active, degraded, unavailable or off; the reason is a "
+    "code, /status has the detail.",
     ("signal", "mechanism", "state", "reason"),
 )
 LOST = MetricSpec(

@@ -1,201 +1,167 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTTP server: /metrics, /healthz, /readyz, /status. Bounded in scrapes, time and request size."""
+"""The HTTP server: /metrics, /healthz, /readyz, /status. Bounded in connections, scrapes, time and request size."""
 
-import ssl
+import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from socket import AF_INET6
 
 import structlog
 
+from kptrace.export.connection import Connection
 from kptrace.export.registry import Exporter
+from kptrace.export.routes import MAX_SCRAPES, Readiness, Routes
 from kptrace.export.status import StatusPage
+from kptrace.export.tls import RenewedTls, TlsFiles
 from kptrace.model.errors import ListenError
 
-MAX_SCRAPES = 5
-MAX_CONNECTIONS = 64
-TIMEOUT_SECONDS = 10
-_INDEX = (
-    b'<!doctype html><html lang="en"><title>kptrace</title><h1>kptrace</h1><ul><li><a href="/metrics">metrics</a>'
-    b'<li><a href="/status">status</a><li><a href="/healthz">healthz</a><li><a href="/readyz">readyz</a></ul></html>'
-)
-_SECURITY = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
-    "X-Content-Type-Options": "nosniff",
-}
+__all__ = ["Limits", "MetricsServer", "TlsFiles"]
+_BACKLOG = 64
+_PAUSE_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """PEM files of a TLS server; with `client_ca` clients must show a certificate that it signed."""
+class Limits:
+    """What clients may take.
 
-    certificate: Path
-    key: Path
-    client_ca: Path | None = None
+    Attributes:
+        scrapes: rendered at a time; a further one gets 503.
+        connections: open at a time; for a further one, the connection that owes a request longest is ended.
+        timeout: seconds to begin a request, to send its head, and to take the answer.
+        farewell: seconds that `close` waits for answers on their way.
+    """
 
-    def context(self) -> ssl.SSLContext:
-        """The TLS context.
-
-        Raises:
-            ListenError: a file cannot be read or used.
-        """
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        try:
-            context.load_cert_chain(self.certificate, self.key)
-            if self.client_ca is not None:
-                context.load_verify_locations(self.client_ca)
-                context.verify_mode = ssl.CERT_REQUIRED
-        except (OSError, ssl.SSLError) as error:
-            files = ", ".join(str(f) for f in (self.certificate, self.key, self.client_ca) if f)
-            raise ListenError(
-                f"the TLS files cannot be used ({files}): {error}", remedy="give readable PEM files"
-            ) from error
-        return context
+    scrapes: int = MAX_SCRAPES
+    connections: int = 64
+    timeout: float = 10.0
+    farewell: float = 2.0
 
 
 class MetricsServer:
-    """Serves from threads of its own until `close`."""
+    """Serves from daemonic threads of its own until `close`."""
 
     def __init__(
         self,
         address: tuple[str, int],
         exporter: Exporter,
         status: StatusPage,
-        ready: Callable[[], bool],
+        ready: Callable[[], Readiness],
         tls: TlsFiles | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """Bind the address; nothing is served before `start`.
+
+        Args:
+            address: host and port; port 0 takes any free one.
+            exporter: of /metrics.
+            status: of /status.
+            ready: of /readyz: whether all is attached, alone or with a line for people.
+            tls: files for HTTPS; None serves HTTP.
+            limits: other than the defaults.
 
         Raises:
             ListenError: the address is in use or not ours, or the TLS files cannot be used.
         """
-        context = tls.context() if tls else None
-        try:
-            self._server = _Server(address, exporter, status, ready, context)
-        except OSError as error:
-            host, port = address
-            raise ListenError(
-                f"cannot listen on {host}:{port}: {error.strerror or error}",
-                remedy="choose another address with --listen, or end what listens there",
-            ) from error
-        self._thread = threading.Thread(target=self._server.serve_forever, name="kptrace-http", daemon=True)
+        self._limits = limits or Limits()
+        self._routes = Routes(exporter, status, ready, self._limits.scrapes)
+        self._tls = RenewedTls(tls) if tls else None
+        self._listener = _bind(address)
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._connections: dict[Connection, threading.Thread] = {}
+        self._thread = threading.Thread(target=self._accept, name="kptrace-http", daemon=True)
+        self._log = structlog.get_logger()
 
     @property
     def port(self) -> int:
         """The port in use."""
-        return int(self._server.server_address[1])
+        return int(self._listener.getsockname()[1])
 
     def start(self) -> None:
         """Begin to answer."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening. Idempotent."""
+        """Stop listening, let answers on their way arrive, end the rest. Idempotent."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
         if self._thread.is_alive():
-            self._server.shutdown()
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept
             self._thread.join()
-        self._server.server_close()
+        self._listener.close()
+        with self._lock:
+            left = dict(self._connections)
+        for connection in left:
+            connection.let_go()
+        deadline = time.monotonic() + self._limits.farewell
+        for connection, thread in left.items():
+            thread.join(max(0.0, deadline - time.monotonic()))
+            connection.interrupt()
 
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                client, _address = self._listener.accept()
+            except OSError as error:
+                if not self._closing.is_set():  # out of descriptors, or the client is gone already
+                    self._log.warning("accept_failed", error=str(error))
+                    self._closing.wait(_PAUSE_SECONDS)
+                continue
+            self._take(client)
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 16
-
-    def __init__(
-        self,
-        address: tuple[str, int],
-        exporter: Exporter,
-        status: StatusPage,
-        ready: Callable[[], bool],
-        context: ssl.SSLContext | None,
-    ) -> None:
-        if ":" in address[0]:
-            self.address_family = AF_INET6
-        super().__init__(address, _Handler)
-        self.exporter, self.status, self.ready, self.context = exporter, status, ready, context
-        self.scrapes = threading.BoundedSemaphore(MAX_SCRAPES)
-        self.connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
-
-    def process_request(self, request, client_address) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
-        if not self.connections.acquire(blocking=False):
-            self.shutdown_request(request)
+    def _take(self, client: socket.socket) -> None:
+        if not self._make_room():
+            self._log.warning("connection_refused", connections=self._limits.connections)
+            client.close()
             return
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request, client_address) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        connection = Connection(client, self._routes.answer, self._tls, self._limits.timeout)
+        thread = threading.Thread(target=self._run, args=(connection,), name="kptrace-client", daemon=True)
+        with self._lock:
+            self._connections[connection] = thread
         try:
-            request.settimeout(TIMEOUT_SECONDS)
-            if self.context is not None:
-                # Here, in the connection's own thread: a slow handshake keeps nobody else waiting.
-                request = self.context.wrap_socket(request, server_side=True)
-            super().process_request_thread(request, client_address)
-        except (OSError, ssl.SSLError) as error:
-            structlog.get_logger().info("connection_failed", error=str(error))
-            self.shutdown_request(request)
-        finally:
-            self.connections.release()
+            thread.start()
+        except RuntimeError as error:  # the process may have no more threads
+            self._log.warning("connection_refused", error=str(error))
+            client.close()
+            with self._lock:
+                del self._connections[connection]
 
-    def handle_error(self, request, client_address) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
-        structlog.get_logger().info("request_failed", client=str(client_address[0]), exc_info=True)
+    def _make_room(self) -> bool:
+        """Whether another connection may be taken, at the expense of the one that owes a request longest."""
+        with self._lock:
+            if len(self._connections) < self._limits.connections:
+                return True
+            owing = [(c.waiting_since, c) for c in self._connections if c.waiting_since is not None]
+            if not owing:
+                return False
+            slowest = min(owing, key=lambda pair: pair[0])[1]
+            del self._connections[slowest]
+        slowest.interrupt()
+        return True
 
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server_version = "kptrace"
-    sys_version = ""
-    timeout = TIMEOUT_SECONDS
-    server: _Server
-
-    def do_GET(self) -> None:
-        path, _, query = self.path.partition("?")
-        match path:
-            case "/metrics":
-                self._metrics()
-            case "/healthz":
-                self._answer(HTTPStatus.OK, b"ok\n", "text/plain")
-            case "/readyz":
-                ready = self.server.ready()
-                code = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
-                self._answer(code, b"ready\n" if ready else b"starting\n", "text/plain")
-            case "/status" if "text/html" in self.headers.get("Accept", "") and "format=json" not in query:
-                self._answer(HTTPStatus.OK, self.server.status.as_html(), "text/html; charset=utf-8")
-            case "/status":
-                self._answer(HTTPStatus.OK, self.server.status.as_json(), "application/json")
-            case "/":
-                self._answer(HTTPStatus.OK, _INDEX, "text/html; charset=utf-8")
-            case _:
-                self._answer(HTTPStatus.NOT_FOUND, b"not found\n", "text/plain")
-
-    do_HEAD = do_GET  # noqa: N815  (the base class's name)
-
-    def _metrics(self) -> None:
-        if not self.server.scrapes.acquire(blocking=False):
-            self._answer(
-                HTTPStatus.SERVICE_UNAVAILABLE, b"too many scrapes\n", "text/plain", {"Retry-After": "1"}
-            )
-            return
+    def _run(self, connection: Connection) -> None:
         try:
-            body, headers = self.server.exporter.render(
-                self.headers.get("Accept", ""), self.headers.get("Accept-Encoding", "")
-            )
+            connection.run()
         finally:
-            self.server.scrapes.release()
-        self._answer(HTTPStatus.OK, body, headers.pop("Content-Type"), headers)
+            with self._lock:
+                self._connections.pop(connection, None)
 
-    def _answer(self, code: HTTPStatus, body: bytes, kind: str, extra: dict[str, str] | None = None) -> None:
-        self.send_response(code)
-        headers = {"Content-Type": kind, "Content-Length": str(len(body)), **_SECURITY, **(extra or {})}
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  (the base class's name)
-        structlog.get_logger().debug("http_request", line=format % args)
+def _bind(address: tuple[str, int]) -> socket.socket:
+    host, port = address
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server(
+            address,
+            family=family,
+            backlog=_BACKLOG,
+            dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6(),
+        )
+    except OSError as error:
+        shown = f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
+        raise ListenError(
+            f"cannot listen on {shown}: {error.strerror or error}",
+            remedy="choose another address with --listen, or end what listens there",
+        ) from error

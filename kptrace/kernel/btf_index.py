@@ -20,6 +20,8 @@ class Index:
         self._base = base
         self._first_id: int = base.end_id if base else 1
         self._first_string: int = base.end_string if base else 0
+        self._asked = 0
+        self._by_name: dict[int, list[int]] = {}
 
     @property
     def end_id(self) -> int:
@@ -65,11 +67,21 @@ class Index:
     def named(self, name: str, kinds: tuple[Kind, ...]) -> Iterator[int]:
         """Ids of the types of that name and of one of these kinds, in order: this blob's own, then the base's."""
         tables = self._tables
-        for index in _positions(tables.names, self._offsets_of(name)):
+        for index in self._places(self._offsets_of(name)):
             if (tables.words[tables.starts[index] + 1] >> 24) & 0x1F in kinds:
                 yield self._first_id + index
         if self._base:
             yield from self._base.named(name, kinds)
+
+    def _places(self, offsets: set[int]) -> list[int]:
+        """Where the types of these names stand. The table of all names costs as much memory as the blob: only for many."""
+        self._asked += 1
+        if self._asked <= _FEW:
+            return _positions(self._tables.names, offsets)
+        if not self._by_name:
+            for index, offset in enumerate(self._tables.names):
+                self._by_name.setdefault(offset, []).append(index)
+        return sorted(index for offset in offsets for index in self._by_name.get(offset, ()))
 
     def enumerator_values(self, name: str) -> Iterator[int]:
         """Values of the enumerators of that name."""

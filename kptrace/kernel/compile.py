@@ -14,6 +14,7 @@ import sys
 import tempfile
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -27,7 +28,7 @@ from kptrace.kernel.maps import MapSpec, MapType
 from kptrace.model.errors import CompileError
 
 _TIMEOUT_SECONDS = 120
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,48 +59,62 @@ class Compiler:
         self._log = structlog.get_logger()
         self.from_cache = False
 
-    def build(self, requests: Sequence[Request]) -> list[Bytecode]:
-        """Compile all requests in one child, in order.
+    def build(self, request: Request) -> Bytecode:
+        """Compile one request, or find it in the cache.
 
         Raises:
             CompileError: BCC is missing, the BTF lacks a fact, or the source does not compile.
         """
-        key = self._key(requests)
-        cached = self._read_cache(key)
-        if cached is not None:
-            self.from_cache = True
-            return cached
-        self.from_cache = False
-        text = self._run_child(requests)
-        answer = _decode(text)
+        (answer,) = self.build_each([request])
+        if isinstance(answer, CompileError):
+            raise answer
+        return answer
+
+    def build_each(self, requests: Sequence[Request]) -> list[Bytecode | CompileError]:
+        """Compile requests, in order; those that are not in the cache at the same time, each in a child of its own."""
+        try:
+            keys = [self._key(request) for request in requests]
+        except OSError as error:
+            failure = CompileError(f"no BTF: {error}", remedy="use a kernel with CONFIG_DEBUG_INFO_BTF")
+            return [failure for _ in requests]
+        answers: dict[int, Bytecode | CompileError] = {}
+        for number, key in enumerate(keys):
+            if (cached := self._read_cache(key)) is not None:
+                answers[number] = cached
+        self.from_cache = len(answers) == len(requests)
+        missing = [number for number in range(len(requests)) if number not in answers]
+        with ThreadPoolExecutor(max_workers=max(1, len(missing))) as pool:
+            fresh = pool.map(lambda number: self._compile(requests[number], keys[number]), missing)
+            answers.update(zip(missing, fresh, strict=True))
+        return [answers[number] for number in range(len(requests))]
+
+    def _compile(self, request: Request, key: str) -> Bytecode | CompileError:
+        try:
+            text = self._run_child(request)
+            answer = _decode(text)
+        except CompileError as error:
+            return error
         self._write_cache(key, text)
         return answer
 
-    def _key(self, requests: Sequence[Request]) -> str:
+    def _key(self, request: Request) -> str:
         digest = hashlib.sha256(f"{_FORMAT} {__version__}".encode())
         digest.update(self._btf.read_bytes())
         root = resources.files("kptrace.bpf")
         headers = sorted((root / "include/kptrace").iterdir(), key=lambda entry: entry.name)
-        for entry in [*headers, *(root / request.source for request in requests)]:
+        for entry in [*headers, root / request.source]:
             digest.update(entry.read_bytes())
-        for request in requests:
-            digest.update(repr((request.source, dict(request.facts), dict(request.defines))).encode())
+        digest.update(repr((request.source, dict(request.facts), dict(request.defines))).encode())
         return digest.hexdigest()
 
-    def _run_child(self, requests: Sequence[Request]) -> str:
+    def _run_child(self, request: Request) -> str:
         root = resources.files("kptrace.bpf")
         question = {
             "btf": str(self._btf),
             "include": str(root / "include"),
-            "requests": [
-                {
-                    "name": request.source,
-                    "text": (root / request.source).read_text(),
-                    "facts": dict(request.facts),
-                    "defines": dict(request.defines),
-                }
-                for request in requests
-            ],
+            "text": (root / request.source).read_text(),
+            "facts": dict(request.facts),
+            "defines": dict(request.defines),
         }
         try:
             child = subprocess.run(
@@ -130,7 +145,7 @@ class Compiler:
             )
         return child.stdout
 
-    def _read_cache(self, key: str) -> list[Bytecode] | None:
+    def _read_cache(self, key: str) -> Bytecode | None:
         if self._cache_dir is None:
             return None
         path = self._cache_dir / f"{key}.json"
@@ -155,30 +170,27 @@ class Compiler:
             self._log.warning("compile_cache_unwritable", path=str(self._cache_dir), error=str(error))
 
 
-def _decode(text: str) -> list[Bytecode]:
+def _decode(text: str) -> Bytecode:
     try:
         answer = json.loads(text)
-        return [
-            Bytecode(
-                functions={
-                    name: Function(b64decode(f["code"]), {int(i): m for i, m in f["maps"].items()})
-                    for name, f in item["functions"].items()
-                },
-                maps={
-                    m["name"]: MapSpec(
-                        m["name"],
-                        MapType(m["type"]),
-                        m["key_size"],
-                        m["value_size"],
-                        m["max_entries"],
-                        m["flags"],
-                    )
-                    for m in item["maps"]
-                },
-                values=item["values"],
-            )
-            for item in answer
-        ]
+        return Bytecode(
+            functions={
+                name: Function(b64decode(f["code"]), {int(i): m for i, m in f["maps"].items()})
+                for name, f in answer["functions"].items()
+            },
+            maps={
+                m["name"]: MapSpec(
+                    m["name"],
+                    MapType(m["type"]),
+                    m["key_size"],
+                    m["value_size"],
+                    m["max_entries"],
+                    m["flags"],
+                )
+                for m in answer["maps"]
+            },
+            values=answer["values"],
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompileError(
             f"the compiler's answer cannot be read: {error!r}", remedy="delete the cache"

@@ -45,15 +45,17 @@ def resolve(btf: Btf, fact: str) -> int | None:
     raise ValueError(f"unknown fact {fact!r}")
 
 
-def compile_one(request: dict[str, Any], btf: Btf, include: str) -> dict[str, Any]:
-    """Compile one request and describe what came out."""
+def compile_one(request: dict[str, Any], btf: Btf) -> dict[str, Any]:
+    """Compile the request and describe what came out."""
     from bcc import BPF, lib  # noqa: PLC0415  (importing it maps LLVM, which a failed BTF look-up need not pay)
 
     values = {name: resolve(btf, fact) for name, fact in request["facts"].items()}
     known = {name: value for name, value in values.items() if value is not None}
     flags = [f"-D{name}={value}" for name, value in {**known, **request["defines"]}.items()]
     # BCC hands the source to clang as a virtual main file, so its own folder is no include path.
-    program = BPF(text=request["text"].encode(), cflags=[f"-I{include}", "-Wno-unused-function", *flags])
+    program = BPF(
+        text=request["text"].encode(), cflags=[f"-I{request['include']}", "-Wno-unused-function", *flags]
+    )
     module = program.module
     # bcc's own binding does not declare this one.
     lib.bpf_table_name.restype = ctypes.c_char_p
@@ -108,7 +110,7 @@ def main() -> None:
         )
         os.environ["BCC_KERNEL_SOURCE"] = str(tree)
         btf = Btf.load(Path(question["btf"]))
-        answer = [compile_one(request, btf, question["include"]) for request in question["requests"]]
+        answer = compile_one(question, btf)
     json.dump(answer, sys.stdout)
 
 

@@ -24,6 +24,10 @@ class Mechanism:
     built: bool = True
 
 
+#: Features whose probes are slow (they read the BTF, or try many things), and which nothing that starts depends on:
+#: the compiler reads the BTF itself.
+SLOW_FEATURES = frozenset({"btf_vmlinux", "kfunc_dynptr_from_skb", "kfunc_rdonly_cast", "fentry", "kprobe"})
+
 MECHANISMS = (
     Mechanism(
         "lookup",
@@ -45,10 +49,13 @@ MECHANISMS = (
 
 
 def judge(mechanism: Mechanism, features: Mapping[str, Support]) -> MechanismState:
-    """Whether a mechanism can be used here; if not, the reason and detail of the first feature that is missing."""
+    """Whether a mechanism can be used here; if not, the reason and detail of the first feature that is missing.
+
+    Features that were not probed count as present: what needs them fails later and says why.
+    """
     for name in mechanism.needs:
-        support = features[name]
-        if not support.supported:
+        support = features.get(name)
+        if support is not None and not support.supported:
             detail = f"{name}: {support.detail}"
             return MechanismState(mechanism.signal, mechanism.name, State.UNAVAILABLE, support.reason, detail)
     if not mechanism.built:

@@ -82,8 +82,8 @@ class ProcessTable:
 
         Args:
             tgid: the process.
-            parents: its ancestors as the kernel saw them at the event; by default those of the records, which a parent's
-                death does not change.
+            parents: its ancestors as the kernel saw them at the event; by default those of the records, which a
+                parent's death does not change.
         """
         found: list[ProcessRun] = []
         seen: set[int] = set()

@@ -11,30 +11,26 @@ from typing import Protocol
 
 import structlog
 
-from kptrace.dataplanes.iptables.legacy import decode_replace
-from kptrace.dataplanes.nftables.batch import Batch, decode_batch
 from kptrace.dataplanes.nftables.netlink import NetlinkError, NfnetlinkSocket
 from kptrace.kernel.bytecode import Bytecode
 from kptrace.kernel.host import Host
 from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.errors import KernelError
 from kptrace.model.metrics import MetricFamily, MetricSpec, Sample
-from kptrace.model.netfilter import DataPlane, IpFamily
-from kptrace.model.rewrite import ObjectCount, Outcome, ProcessRun, Rewrite
+from kptrace.model.rewrite import Outcome, Rewrite
 from kptrace.model.signal import MechanismState, State
 from kptrace.signals import rewrite_metrics as metrics
 from kptrace.signals.processes import ProcessTable, cgroup_path, read_process
 from kptrace.signals.rewrite_generation import GenerationWatch
 from kptrace.signals.rewrite_kernel import RewriteKernel
-from kptrace.signals.rewrite_labels import NFPROTOS, TableNames, dataplane, family_and_table
+from kptrace.signals.rewrite_labels import TableNames
 from kptrace.signals.rewrite_objects import LEAST_SECONDS, Row, RulesetObjects
-from kptrace.signals.rewrite_outcome import batch_outcome, replace_outcome
-from kptrace.signals.rewrite_records import Flag, Kind, Transaction, decode
+from kptrace.signals.rewrite_records import Transaction, decode
+from kptrace.signals.rewrite_reduce import Reducer
+from kptrace.signals.rewrite_running import RunningRewrites
 from kptrace.signals.writers import WriterRule, Writers
 
 TICK_SECONDS = 0.5
-#: Key in `Rewrite.details`: present where base chains may have come or gone.
-BASE_CHAINS = "base_chains"
 
 
 class EventLoop(Protocol):
@@ -78,8 +74,6 @@ class _Published:
     rows: Mapping[Row, int] = field(default_factory=lambda: MappingProxyType({}))
     exact: bool = False
     generation: int | None = None
-    running: Mapping[tuple[int, int], str] = field(default_factory=lambda: MappingProxyType({}))
-    writers: frozenset[str] = frozenset()
 
 
 class RewriteSignal:
@@ -103,8 +97,8 @@ class RewriteSignal:
             netns: the watched network namespace.
             loop: whose thread everything but `families` runs in.
             host: roots of procfs and sysfs.
-            on_commit: called after each committed rewrite of the watched namespace; `details` has `BASE_CHAINS` where
-                base chains may have changed.
+            on_commit: called after each committed rewrite of the watched namespace; `details` has
+                `rewrite_reduce.BASE_CHAINS` where base chains may have changed.
             options: see `Options`.
         """
         self._netns = netns
@@ -125,12 +119,24 @@ class RewriteSignal:
         )
         host_mntns = _inode(host.proc / "1/ns/mnt")
         self._processes = ProcessTable(lambda tgid: read_process(host.proc, tgid, host_mntns), host_mntns)
-        self._writers = Writers(options.writers)
-        self._generation = GenerationWatch(self._ask_generation, self._consume_records, self._busy)
+        self._reducer = Reducer(
+            watched=netns.inode,
+            exact_sequence=self._kernel.knows_generation,
+            installed=self._objects,
+            processes=self._processes,
+            writers=Writers(options.writers),
+            cgroup=lambda run: cgroup_path(host.proc, run.tgid),
+        )
+        self._running = RunningRewrites(
+            self._kernel,
+            netns.inode,
+            lambda tgid: (host.proc / str(tgid)).exists(),
+            self._reducer.writer,
+        )
+        self._generation = GenerationWatch(self._ask_generation, self._consume_records, self._running.busy)
         self._socket = self._open_socket()
         self._undecodable = 0
-        self._seen_writers: set[str] = set()
-        self._running: dict[tuple[int, int], str] = {}
+        self._last_losses: Mapping[str, int] = {}
         self._closed = False
         self._state = self._row(State.OFF, "starting")
         self._published = _Published(self._state)
@@ -163,9 +169,6 @@ class RewriteSignal:
             self._log.debug("no_generation", error=str(error))
             return None
 
-    def _busy(self) -> bool:
-        return any(run.netns == self._netns.inode for run in self._kernel.running())
-
     def tick(self) -> None:
         """What is not driven by events: missed commits, transactions under way, dumps that are due."""
         if self._closed:
@@ -179,22 +182,9 @@ class RewriteSignal:
         if missing := self._generation.tick():
             self._log.info("untraced_commits", count=missing)
             self._objects.doubt()
-        self._look_at_running()
+        self._running.tick()
         self._objects.tick()
         self._publish()
-
-    def _look_at_running(self) -> None:
-        running: dict[tuple[int, int], str] = {}
-        for run in self._kernel.running():
-            if not (self._host.proc / str(run.tgid)).exists():
-                self._kernel.forget(run)
-            elif run.netns == self._netns.inode:
-                key = (run.tid, run.begin_ns)
-                running[key] = self._running.get(key) or self._writers.classify(
-                    self._processes.chain(run.tgid), watched_netns=True, cgroup=self._cgroup
-                )
-                self._seen_writers.add(running[key])
-        self._running = running
 
     def _consume(self) -> None:
         self._consume_records()
@@ -218,111 +208,16 @@ class RewriteSignal:
             self._account(record)
 
     def _account(self, record: Transaction) -> None:
-        rewrite = self._batch(record) if record.is_batch else self._replacement(record)
+        rewrite = self._reducer.rewrite(record)
         if rewrite is None:
             self._undecodable += 1
             return
-        self._seen_writers.add(rewrite.writer)
+        self._running.saw(rewrite.writer)
         self._counts.add(rewrite)
+        if record.is_batch:
+            self._generation.traced(rewrite.outcome)
         if rewrite.outcome is Outcome.COMMITTED:
             self._on_commit(rewrite)
-
-    def _batch(self, record: Transaction) -> Rewrite:
-        batch = decode_batch(record.data, record.size, record.tail)
-        outcome = batch_outcome(record, batch.kind, exact_sequence=self._kernel.knows_generation)
-        whole = not batch.truncated and not record.flags & (Flag.SEVERAL | Flag.UNREAD)
-        planes = {self._plane(family, table, batch) for family, table in batch.tables}
-        base = not whole or self._base_chains(batch)
-        self._generation.traced(outcome)
-        if outcome is Outcome.COMMITTED:
-            self._objects.committed(record, whole=whole)
-        elif outcome is Outcome.UNKNOWN:
-            self._objects.doubt()
-        family, table = family_and_table(batch.tables)
-        return self._rewrite(
-            record,
-            planes.pop() if len(planes) == 1 else DataPlane.OTHER if planes else DataPlane.NFTABLES,
-            (family, table),
-            outcome,
-            batch.objects,
-            truncated=not whole,
-            touched=[chain for _, _, chain in batch.touched_chains],
-            base=base,
-        )
-
-    def _plane(self, family: str, table: str, batch: Batch) -> DataPlane:
-        nfproto = NFPROTOS.get(family, 0)
-        known = self._objects.chains(nfproto, table)
-        touched = {chain for where, name, chain in batch.touched_chains if (where, name) == (family, table)}
-        if known is None:
-            return dataplane(nfproto, table, touched if touched and not batch.truncated else None)
-        return dataplane(nfproto, table, known | touched)
-
-    def _base_chains(self, batch: Batch) -> bool:
-        return batch.base_chain_touched or any(
-            self._objects.is_base(NFPROTOS.get(family, 0), table, chain)
-            for family, table, chain in batch.deleted_chains
-        )
-
-    def _replacement(self, record: Transaction) -> Rewrite | None:
-        header = decode_replace(record.data)
-        if header is None:
-            return None
-        family = IpFamily.IPV4 if record.kind is Kind.REPLACE4 else IpFamily.IPV6
-        outcome = replace_outcome(record)
-        if outcome is Outcome.COMMITTED:
-            self._objects.replaced(family, header.table, header.entries)
-        objects = (ObjectCount(family.value, header.table, "entry", "replace", header.entries),)
-        return self._rewrite(
-            record,
-            DataPlane.IPTABLES_LEGACY,
-            (family.value, header.table),
-            outcome,
-            objects,
-            truncated=False,
-            touched=(),
-            base=False,
-        )
-
-    def _rewrite(
-        self,
-        record: Transaction,
-        plane: DataPlane,
-        place: tuple[str, str],
-        outcome: Outcome,
-        objects: tuple[ObjectCount, ...],
-        *,
-        truncated: bool,
-        touched: Iterable[str],
-        base: bool,
-    ) -> Rewrite:
-        chain = self._processes.chain(record.tgid, record.parents)
-        writer = self._writers.classify(
-            chain,
-            watched_netns=record.task_netns == self._netns.inode,
-            cgroup=self._cgroup,
-            touched=touched,
-        )
-        own = chain and chain[0].tgid == record.tgid
-        return Rewrite(
-            dataplane=plane,
-            family=place[0],
-            table=place[1],
-            writer=writer,
-            run=chain[0] if own else ProcessRun(record.tgid, comm=record.comm, cgroup_id=record.cgroup_id),
-            begin_ns=record.begin_ns,
-            end_ns=record.end_ns,
-            size=record.size,
-            outcome=outcome,
-            truncated=truncated,
-            objects=objects,
-            netns=record.netns,
-            generation=record.sequence_end if record.is_batch and self._kernel.knows_generation else 0,
-            details={BASE_CHAINS: "may_have_changed"} if base else {},
-        )
-
-    def _cgroup(self, run: ProcessRun) -> str:
-        return cgroup_path(self._host.proc, run.tgid)
 
     def _publish(self) -> None:
         self._published = _Published(
@@ -330,8 +225,6 @@ class RewriteSignal:
             self._objects.rows(),
             self._objects.exact,
             self._generation.generation,
-            dict(self._running),
-            frozenset(self._seen_writers),
         )
 
     def _row(self, state: State, reason: str, detail: str = "") -> MechanismState:
@@ -339,7 +232,7 @@ class RewriteSignal:
 
     def losses(self) -> Mapping[tuple[str, str], int]:
         """Lost events by (signal, reason), all reasons from the start."""
-        kernel = {} if self._closed else self._kernel.losses()
+        kernel = self._last_losses if self._closed else self._kernel.losses()
         reasons = {
             **kernel,
             "untraced_commit": self._generation.untraced,
@@ -365,16 +258,8 @@ class RewriteSignal:
         yield MetricFamily(metrics.EXACT, [Sample((), float(seen.exact))])
         if seen.generation is not None:
             yield MetricFamily(metrics.GENERATION, [Sample((), float(seen.generation))])
-        yield MetricFamily(metrics.RUNNING, self._running_samples(seen))
-
-    def _running_samples(self, seen: _Published) -> list[Sample]:
-        longest = dict.fromkeys(seen.writers, 0)
-        now = time.monotonic_ns()
-        for run in () if self._closed or not seen.running else self._kernel.running():
-            writer = seen.running.get((run.tid, run.begin_ns))
-            if writer is not None:
-                longest[writer] = max(longest[writer], now - run.begin_ns)
-        return [Sample((writer,), age / 1e9) for writer, age in sorted(longest.items())]
+        if not self._closed:
+            yield MetricFamily(metrics.RUNNING, self._running.ages(time.monotonic_ns()))
 
     def close(self) -> None:
         """Detach. Idempotent."""
@@ -383,6 +268,7 @@ class RewriteSignal:
     def _let_go(self) -> None:
         if self._closed:
             return
+        self._last_losses = self._kernel.losses()
         self._closed = True
         try:
             self._loop.remove_reader(self._kernel.fd)

@@ -75,6 +75,7 @@ _RAW = {"sched_process_exec": "process_exec", "sched_process_exit": "process_exi
 _STARTED = struct.Struct("=5Q6I")
 _KEY = struct.Struct("=Q")
 LOST_REASONS = ("ring_full", "running_full", "unreadable")
+_LOST = struct.Struct(f"={len(LOST_REASONS)}Q")
 _UNSURE = 1
 
 
@@ -154,8 +155,9 @@ class RewriteKernel:
 
     def running(self) -> Iterator[Running]:
         """Transactions that are under way now. Safe on any thread until `close`."""
-        for key in self._maps["running"].keys():  # noqa: SIM118  (a BPF map is no dict)
-            value = self._maps["running"].lookup(key)
+        running = self._maps["running"]
+        for key in running.keys():  # noqa: SIM118  (a BPF map is no dict)
+            value = running.lookup(key)
             if value is not None:
                 begin, _, _, _, _, kind, flags, _, _, netns, _ = _STARTED.unpack(value)
                 if not flags & _UNSURE:
@@ -168,8 +170,7 @@ class RewriteKernel:
 
     def losses(self) -> Mapping[str, int]:
         """Records that never came, by reason."""
-        values = memoryview(self._maps["lost"].memory()).cast("Q")
-        return dict(zip(LOST_REASONS, values, strict=False))
+        return dict(zip(LOST_REASONS, _LOST.unpack_from(self._maps["lost"].memory()), strict=True))
 
     def close(self) -> None:
         """Detach and free. Idempotent."""

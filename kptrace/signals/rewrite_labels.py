@@ -19,7 +19,10 @@ _KNOWN: Final = frozenset({"kube-proxy", "filter", "nat", "mangle", "raw", "secu
 
 
 class TableNames:
-    """Tables as label values: kube-proxy's and iptables' own, and the first `MAX_FOREIGN` others; a name once told stays."""
+    """Tables as label values: kube-proxy's and iptables' own, and the first `MAX_FOREIGN` others.
+
+    A name that was told stays told.
+    """
 
     def __init__(self) -> None:
         self._told: set[str] = set()
@@ -36,12 +39,13 @@ class TableNames:
         return short
 
 
-def dataplane(nfproto: int, table: str, chains: Collection[str] | None) -> DataPlane:
-    """Whose table it is, by the rule of `dataplanes.nftables.chains`, for a table with these chains.
+def dataplane(nfproto: int, table: str, base: Collection[str]) -> DataPlane:
+    """Whose table it is, by the rule of `dataplanes.nftables.chains`, for a table with these base chains.
 
-    Where its chains are not known (None), a table called like one of iptables' is taken for iptables-nft's.
+    A table called like one of iptables' is iptables-nft's too where it has no base chain, or none is known: iptables
+    makes them when they are first used.
     """
-    hooks = Hook if chains is None else [hook for hook in Hook if hook.name in chains]
+    hooks = [hook for hook in Hook if hook.name in base] if base else Hook
     if any(dataplane_of(nfproto, table, hook.name, hook) is DataPlane.IPTABLES_NFT for hook in hooks):
         return DataPlane.IPTABLES_NFT
     return DataPlane.NFTABLES

@@ -20,22 +20,22 @@ REWRITE_LADDER: Final = (
 DURATION = MetricSpec(
     "kptrace_rewrite_duration_seconds",
     "histogram",
-    "Duration of the system call that carried a transaction: sendmsg, sendto, sendmmsg, write or writev of an nfnetlink"
-    " batch, setsockopt of a legacy table. Entry to exit, mechanism tracepoint, the watched namespace only. Outcome checked"
+    "Duration of the system call that carried a transaction, entry to exit: sendmsg, sendto, sendmmsg, write or writev of"
+    " an nfnetlink batch, setsockopt of a legacy table. Mechanism tracepoint, the watched namespace only. Outcome checked"
     " is a dry run, empty had nothing to change; it is never taken from a netlink call's result.",
     ("dataplane", "family", "table", "writer", "outcome"),
 )
 OBJECTS = MetricSpec(
     "kptrace_rewrite_objects_total",
     "counter",
-    "Objects that committed batches named, as far as the bounded copy of each tells; flush is one for all that it takes."
+    "Objects that committed batches named, as far as the bounded copy of each tells; flush is one for all it takes."
     " A legacy table is always replaced whole: object entry, operation replace.",
     ("dataplane", "table", "object", "operation"),
 )
 TRUNCATED = MetricSpec(
     "kptrace_rewrite_truncated_total",
     "counter",
-    "Committed batches that were longer than the copy: objects behind its end are not in kptrace_rewrite_objects_total.",
+    "Committed batches longer than the copy: objects behind its end are not in kptrace_rewrite_objects_total.",
     ("dataplane",),
 )
 RULESET = MetricSpec(

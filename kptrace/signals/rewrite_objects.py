@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of the installed rules: an inventory kept up by batches, and dumped anew, in slices, where they tell too little."""
+"""Sizes of the installed rules: an inventory kept up by batches, dumped anew, in slices, where they tell too little."""
 
 import errno
 import time
@@ -22,9 +22,10 @@ from kptrace.signals.rewrite_records import Transaction
 #: Of one slice of a dump, and between two: the loop has other work.
 SLICE_SECONDS = 0.002
 PAUSE_SECONDS = 0.005
-#: A dump may cost this share of a core, and comes at most this often; and at least so often, where sets change by themselves.
+#: A dump may cost this share of a core, and comes at most this often.
 COST_SHARE = 0.005
 LEAST_SECONDS = 10.0
+#: It comes at least so often where sets change by themselves.
 SLOW_SECONDS = 300.0
 #: After an interrupted dump; it gets longer with the cost of what was thrown away.
 RETRY_SECONDS = 0.2
@@ -81,6 +82,7 @@ class RulesetObjects:
         self._due = 0.0
         self._slow_due = 0.0
         self._closed = False
+        self._rows: dict[Row, int] | None = None
         self.dumps = 0
 
     @property
@@ -88,21 +90,17 @@ class RulesetObjects:
         """Whether every commit since the last dump was followed."""
         return self._inventory is not None and self._inventory.exact
 
-    def chains(self, nfproto: int, table: str) -> frozenset[str] | None:
-        """Names of a table's chains; None if the table is unknown."""
+    def base_chains(self, nfproto: int, table: str) -> frozenset[str] | None:
+        """Names of a table's base chains; None if the table is unknown."""
         known = self._inventory.tables.get((nfproto, table)) if self._inventory else None
-        return frozenset(known.chains) if known else None
-
-    def is_base(self, nfproto: int, table: str, chain: str) -> bool:
-        """Whether it is a base chain, as far as known."""
-        known = self._inventory.tables.get((nfproto, table)) if self._inventory else None
-        return known is None or chain in known.base
+        return frozenset(known.base) if known else None
 
     def committed(self, transaction: Transaction, *, whole: bool) -> None:
         """Follow a committed batch; `whole` is whether its copy has all of it."""
         inventory = self._inventory
         if inventory is None or self._included(transaction, inventory):
             return
+        self._rows = None
         if whole and self._follows(transaction, inventory):
             inventory.apply(transaction.data)
         else:
@@ -128,6 +126,7 @@ class RulesetObjects:
     def replaced(self, family: IpFamily, table: str, entries: int) -> None:
         """Follow a legacy table's replacement."""
         self._entries[family, table] = entries
+        self._rows = None
 
     def tick(self) -> None:
         """Begin a dump if one is due."""
@@ -171,6 +170,7 @@ class RulesetObjects:
 
     def _finish(self, *, ready: bool) -> None:
         now = self._clock()
+        self._rows = None
         if ready and self._dump is not None:
             self._inventory = self._dump.inventory
             self._dumped_ns = (self._begin_ns, time.monotonic_ns())
@@ -189,12 +189,18 @@ class RulesetObjects:
                 for table in tables
                 if (entries := table_entries(family, table)) is not None
             }
+        self._rows = None
 
     def rows(self) -> dict[Row, int]:
-        """The present counts by (dataplane, family, table, object)."""
+        """The present counts by (dataplane, family, table, object); not to be changed."""
+        if self._rows is None:
+            self._rows = self._count()
+        return self._rows
+
+    def _count(self) -> dict[Row, int]:
         found: dict[Row, int] = {}
         for (nfproto, table), objects in self._inventory.tables.items() if self._inventory else ():
-            plane = dataplane(nfproto, table, objects.chains.keys())
+            plane = dataplane(nfproto, table, objects.base)
             for thing, count in objects.counts().items():
                 row = (plane.value, FAMILIES.get(nfproto, "other"), self._names.label(table), thing)
                 found[row] = found.get(row, 0) + count

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a transaction ended, from what the kernel side saw. Pure.
 
-A send's result is success for a failed batch too. What tells is, in this order: the error that the kernel queued on the
-sender's own socket before the syscall returned (nobody else's, whatever runs at the same time); the batch's own bytes (no
-BATCH_END is a check, no nf_tables message is empty); and whether the ruleset's sequence moved between entry and exit.
+A send's result is success for a failed batch too. What tells is, in this order: the error that the kernel queued on
+the sender's own socket before the syscall returned (nobody else's, whatever runs at the same time); the batch's own
+bytes (no BATCH_END is a check, no nf_tables message is empty); and whether the ruleset's sequence moved between entry
+and exit.
 """
 
 from kptrace.dataplanes.nftables.batch import BatchKind

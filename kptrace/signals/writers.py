@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who wrote: the class of program behind a rewrite, by executable or cgroup in the host's network namespace. Pure.
 
-Any process can call itself anything, so its name (comm) is never looked at, and a program in another network namespace than
-the watched one is never named, whatever its executable: kube-proxy has a mount namespace of its own, but the node's network.
+Any process can call itself anything, so its name (comm) is never looked at, and a program in another network namespace
+than the watched one is never named, whatever its executable: kube-proxy has a mount namespace of its own, but the
+node's network.
 """
 
 import re

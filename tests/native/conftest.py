@@ -16,7 +16,7 @@ from tests.native.lookup_bench import LookupBench
 @pytest.fixture(scope="session")
 def lookup_bytecode() -> Bytecode:
     """The lookup programs, compiled once."""
-    return Compiler(Path("/sys/kernel/btf/vmlinux"), None).build([REQUEST])[0]
+    return Compiler(Path("/sys/kernel/btf/vmlinux"), None).build(REQUEST)
 
 
 @pytest.fixture

@@ -180,3 +180,61 @@ def test_a_port_in_use_is_said() -> None:
     assert run.returncode == 6, run.stderr
     assert str(port) in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def run_briefly(*command: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run a daemon that is to fail at its start."""
+    return subprocess.run(
+        [*command, "--listen", "127.0.0.1:0", "--identity", "none", "--cache-dir", "none"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_a_missing_capability_is_named() -> None:
+    """Exit code 3, and the name of the capability."""
+    setpriv = ["setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"]
+    run = run_briefly(*setpriv, sys.executable, "-m", "kptrace", "run")
+    assert run.returncode == 3, run.stderr
+    assert "CAP_NET_ADMIN" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_kernel_without_btf_is_said(tmp_path: Path) -> None:
+    """Exit code 4 where the mechanism that was asked for needs a BTF that is not there."""
+    run = run_briefly(
+        sys.executable, "-m", "kptrace", "run", "--lookup-mechanism", "bracket", "--sys-root", str(tmp_path)
+    )
+    assert run.returncode == 4, run.stderr
+    assert "BTF" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_missing_bcc_is_said(tmp_path: Path) -> None:
+    """Exit code 4 and the package to install where BCC is not there."""
+    (tmp_path / "bcc.py").write_text("raise ModuleNotFoundError(\"No module named 'bcc'\", name='bcc')\n")
+    run = run_briefly(
+        sys.executable, "-m", "kptrace", "run", "--lookup-mechanism", "bracket", PYTHONPATH=str(tmp_path)
+    )
+    assert run.returncode == 4, run.stderr
+    assert "bcc" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_without_a_mechanism_the_rest_goes_on(tmp_path: Path, namespace: Namespace) -> None:
+    """With automatic choice a kernel without BTF loses its signals, says so in /status and metrics, and stays up."""
+    ready = tmp_path / "ready"
+    argv = default_command(DaemonRequest(namespace.path, tmp_path / "none.json", ready))
+    (tmp_path / "none.json").write_text(NO_SERVICES)
+    (tmp_path / "sys").mkdir()
+    argv += ["--cache-dir", "none", "--sys-root", str(tmp_path / "sys")]
+    with DaemonProcess(argv, ready, tmp_path / "log") as process:
+        scrape = process.scrape()
+        assert (
+            scrape.total("kptrace_signal_state", signal="lookup", mechanism="bracket", state="unavailable")
+            == 1
+        )
+        assert scrape.total("kptrace_build_info") == 1

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* Layout of what travels to user space: signals/rewrite_records.py has the same. */
+/* Layout of what travels to user space: signals/rewrite_records.py and rewrite_kernel.py have the same. */
 #ifndef KPTRACE_REWRITE_H
 #define KPTRACE_REWRITE_H
-
-#include <kptrace/task.h>
 
 #define COPY_BYTES 4096
 #define TAIL_BYTES 20
 #define COMM_BYTES 16
 #define NAME_WORDS 16
+#define PARENTS 4
 
 enum { KIND_FLAT = 1, KIND_VECTOR = 2, KIND_REPLACE4 = 3, KIND_REPLACE6 = 4, KIND_EXEC = 5, KIND_EXIT = 6 };
 enum { FLAG_UNSURE = 1, FLAG_UNREAD = 2, FLAG_SEVERAL = 4, FLAG_TAIL = 8, FLAG_OVERLAP = 16 };

@@ -29,7 +29,6 @@ static void *(*rdonly_cast)(u64 pointer, u32 type) = (void *)0x7fff0001; /* kfun
 
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
-#define PARENTS 4
 
 /* struct pt_regs begins with 16 words on every machine: a view of any memory as words. */
 #define KPT_WORD(to, from, index) KPT_FOLLOW(u64, to, from, KPT_PT_REGS, (index)*8)
@@ -52,18 +51,6 @@ static __always_inline u32 task_mntns(u64 task)
 	KPT_FOLLOW(u64, mnt, proxy, KPT_NSPROXY, KPT_NSPROXY_MNT);
 	KPT_FOLLOW(u32, inode, mnt, KPT_MNT, KPT_MNT_INUM);
 	return inode;
-}
-
-static __always_inline void task_parents(u64 task, u32 *parents)
-{
-	u64 tgid;
-
-#pragma unroll
-	for (int i = 0; i < PARENTS; i++) {
-		KPT_FOLLOW(u64, task, task, KPT_TASK, KPT_TASK_PARENT);
-		KPT_FOLLOW(u32, tgid, task, KPT_TASK, KPT_TASK_TGID);
-		parents[i] = tgid;
-	}
 }
 
 /* The struct sock behind a descriptor of the running task, or 0. */

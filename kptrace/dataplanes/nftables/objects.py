@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many chains, rules, sets and elements each table of nf_tables has: from a dump, and kept up by batches. Pure.
 
-A batch says `flush chain` without a number, and `add` of what exists already; so the inventory knows the names of chains and
-sets, the number of each chain's rules and the keys of each set's elements. What a batch does not tell (elements that packets
-add or that time out, objects deleted by handle) makes it inexact until the next dump. Anonymous sets and chains belong to
-the rule that holds them and count as part of it, as in `nft list ruleset`.
+A batch says `flush chain` without a number, and `add` of what exists already; so the inventory knows the names of
+chains and sets, the number of each chain's rules and the keys of each set's elements. What a batch does not tell
+(elements that packets add or that time out, objects deleted by handle) makes it inexact until the next dump. Anonymous
+sets and chains belong to the rule that holds them and count as part of it, as in `nft list ruleset`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -99,7 +99,25 @@ class Inventory:
     def take(self, message: bytes) -> None:
         """Take in one object of a dump, header included."""
         kind, flags = HEADER.unpack_from(message)[1:3]
-        self._message(kind & 0xFF, flags, message, 0, len(message))
+        if kind & 0xFF == NftMessage.NEWRULE:
+            self._take_rule(message)
+        else:
+            self._message(kind & 0xFF, flags, message, 0, len(message))
+
+    def _take_rule(self, message: bytes) -> None:
+        """There are many, and long ones: only the first attributes are looked at."""
+        name = ""
+        for kind, low, high in attributes(message, ATTRIBUTES, len(message)):
+            if kind == _TABLE:
+                name = text(message, low, high)
+            elif kind == _RULE_CHAIN:
+                table = self.tables.get((message[HEADER.size], name))
+                chain = text(message, low, high)
+                if (
+                    table is not None and chain in table.chains
+                ):  # the rules of an anonymous chain belong to its rule
+                    table.chains[chain] += 1
+                return
 
     def _message(self, number: int, flags: int, data: bytes, start: int, end: int) -> None:
         found: dict[int, tuple[int, int]] = {}
