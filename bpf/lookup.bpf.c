@@ -16,11 +16,14 @@
 #define MAX_SERVICES 16384
 #define SERVICE_PLANES 4
 #define NONE ((u32)-1)
+#define NO_BRACKET (~0ULL)
+#define ALL_BELOW (1ULL << 32) /* every 32-bit number is */
 #define STALE_NS 1000000000ULL
 
 enum { CT_ESTABLISHED, CT_RELATED, CT_NEW, CT_UNTRACKED, CT_NONE };
 enum { WALK_FIRST, WALK_REST };
-enum { COUNT_FIRST, COUNT_QUEUED, COUNT_STOLEN, COUNT_EVICTED, COUNT_ELSEWHERE, COUNT_REST, COUNT_KINDS = 8 };
+enum { COUNT_QUEUED, COUNT_STOLEN, COUNT_EVICTED, COUNT_ELSEWHERE, COUNT_KINDS = 4 };
+enum { VALUE_CONFIG, VALUE_SLOTS, VALUE_COUNTS }; /* LookupKernel has the same order */
 
 struct config {
 	u64 armed;
@@ -42,10 +45,26 @@ struct set {
 	struct slot way[2];
 };
 
+/* Large values are bytes for BCC, which compiles code to print each number of a value and takes 10 s for those of `slots`. */
+struct slots {
+	char sets[SETS * sizeof(struct set)];
+};
+
+struct counts {
+	char counts[MAX_BRACKETS * COUNT_KINDS * sizeof(u64)];
+};
+
+/* What a CPU needs of its own. Not exact: a program that is preempted here may undo what the other one did. */
+struct cpu {
+	u64 random;
+	u64 opened[2]; /* by walk; for the estimate of what this costs */
+};
+
 BPF_F_TABLE("array", u32, struct config, config, 1, KPT_F_MMAPABLE);
-BPF_ARRAY(slots, struct set, SETS);
+BPF_ARRAY(slots, struct slots, 1);
+BPF_F_TABLE("percpu_array", u32, struct cpu, cpus, 1, 0);
 BPF_F_TABLE("array", u32, struct hist, cells, MAX_BRACKETS *CELLS_PER_BRACKET, KPT_F_MMAPABLE);
-BPF_F_TABLE("array", u32, u64, counts, MAX_BRACKETS *COUNT_KINDS, KPT_F_MMAPABLE);
+BPF_F_TABLE("array", u32, struct counts, counts, 1, KPT_F_MMAPABLE);
 BPF_F_TABLE("hash", struct service_key4, u32, services4, MAX_SERVICES, 1);
 BPF_F_TABLE("hash", struct service_key6, u32, services6, MAX_SERVICES, 1);
 BPF_F_TABLE("array", u32, struct service_hist, service_cells, MAX_SERVICES *SERVICE_PLANES, KPT_F_MMAPABLE);
@@ -54,16 +73,19 @@ static void *(*rdonly_cast)(u64 pointer, u32 btf_id) = (void *)0x7fff0002; /* kf
 
 static __always_inline void count(u32 bracket, u32 kind)
 {
-	u32 index = bracket * COUNT_KINDS + kind;
-	u64 *value = counts.lookup(&index);
+	u64 *counts;
 
-	if (value)
-		__sync_fetch_and_add(value, 1);
+	KPT_VALUE(counts, VALUE_COUNTS);
+	__sync_fetch_and_add(&counts[(bracket & (MAX_BRACKETS - 1)) * COUNT_KINDS + kind], 1);
 }
 
-static __always_inline u32 set_index(u32 low)
+static __always_inline struct set *set_of(u64 low)
 {
-	return ((low >> 6) * 0x9E3779B1u) >> 20; /* the top 12 bits: SETS */
+	struct set *sets;
+
+	KPT_VALUE(sets, VALUE_SLOTS);
+	/* A multiplication whose top 12 of 32 bits are the number of the set. */
+	return &sets[(((low & 0xffffffff) >> 6) * 0x9E3779B1ULL & 0xffffffff) >> 20];
 }
 
 static __always_inline void finish(struct slot *slot, u64 now, u32 verdict)
@@ -84,19 +106,15 @@ static __always_inline void finish(struct slot *slot, u64 now, u32 verdict)
 	}
 }
 
-static __always_inline void close_bracket(u64 *ctx, u32 bracket)
+static __always_inline void close_bracket(u64 *ctx, u64 bracket)
 {
 	u64 skb, state, low;
 	struct slot *slot;
 	struct set *set;
-	u32 index;
 
 	KPT_LOAD64(skb, ctx, 8);
 	KPT_LOW32(low, skb);
-	index = set_index(low);
-	set = slots.lookup(&index);
-	if (!set)
-		return;
+	set = set_of(low);
 	slot = &set->way[0];
 	if (slot->skb != skb) {
 		slot = &set->way[1];
@@ -165,20 +183,35 @@ static __always_inline u32 service_of(u64 skb, u32 nfproto)
 	return service ? *service : NONE;
 }
 
-static __always_inline void open_bracket(u64 *ctx, u32 bracket)
+/* A linear congruential generator per CPU: bpf_get_prandom_u32() costs more than all the rest of an unsampled packet. */
+static __always_inline u64 random32(struct cpu *cpu)
 {
-	u64 skb, state, low, conntrack, walk_mask, nfproto, plane;
-	u32 zero = 0, walk = WALK_REST, info, index, service = NONE;
-	struct config *settings = config.lookup(&zero);
-	struct slot *slot;
-	struct set *set;
-	u64 below;
+	cpu->random = cpu->random * 6364136223846793005ULL + 1442695040888963407ULL;
+	return cpu->random >> 32;
+}
 
-	if (!settings || !settings->armed)
+static __always_inline void open_bracket(u64 *ctx, u64 bracket)
+{
+	u64 skb, state, low, conntrack, walk_mask, nfproto, plane, info, walk = WALK_REST, random = 0;
+	u32 zero = 0, service = NONE;
+	struct config *settings;
+	struct slot *slot;
+	struct cpu *cpu;
+
+	KPT_VALUE(settings, VALUE_CONFIG);
+	if (!settings->armed)
 		return;
+	cpu = cpus.lookup(&zero);
+	if (!cpu)
+		return;
+	KPT_CONSTANT(walk_mask, 2);
+	if ((settings->first_below & settings->rest_below) != ALL_BELOW) {
+		random = random32(cpu);
+		if (!walk_mask && random >= settings->rest_below)
+			return;
+	}
 	KPT_LOAD64(skb, ctx, 8);
 	KPT_LOAD64(conntrack, skb, KPT_SKB_NFCT);
-	KPT_CONSTANT(walk_mask, 2);
 	info = conntrack & 7;
 	conntrack &= ~7ULL;
 	if (!conntrack) {
@@ -193,9 +226,9 @@ static __always_inline void open_bracket(u64 *ctx, u32 bracket)
 		if (info >= 3)
 			info -= 3; /* the reply direction has states of its own */
 	}
-	below = walk == WALK_FIRST ? settings->first_below : settings->rest_below;
-	if (below <= NONE && bpf_get_prandom_u32() >= below)
+	if (random >= (walk == WALK_FIRST ? settings->first_below : settings->rest_below))
 		return;
+	cpu->opened[walk & 1]++;
 
 	KPT_CONSTANT(plane, 4);
 	if (plane && walk == WALK_FIRST) {
@@ -208,13 +241,8 @@ static __always_inline void open_bracket(u64 *ctx, u32 bracket)
 
 	KPT_LOAD64(skb, ctx, 8);
 	KPT_LOW32(low, skb);
-	index = set_index(low);
-	set = slots.lookup(&index);
-	if (!set)
-		return;
-	KPT_LOAD64(skb, ctx, 8);
 	KPT_LOAD64(state, ctx, 0);
-	slot = claim(set, skb, state, bracket);
+	slot = claim(set_of(low), skb, state, bracket);
 	KPT_LOAD64(skb, ctx, 8);
 	slot->skb = skb;
 	KPT_LOAD64(state, ctx, 0);
@@ -222,7 +250,6 @@ static __always_inline void open_bracket(u64 *ctx, u32 bracket)
 	slot->bracket = bracket;
 	slot->cell = bracket * CELLS_PER_BRACKET + walk * 10 + info * 2;
 	slot->service = service;
-	count(bracket, walk == WALK_FIRST ? COUNT_FIRST : COUNT_REST);
 	slot->opened_ns = bpf_ktime_get_ns();
 }
 
@@ -231,10 +258,10 @@ int lookup_boundary(u64 *ctx)
 	u64 opens, closes;
 
 	KPT_CONSTANT(closes, 1);
-	if ((u32)closes != NONE)
+	if (closes != NO_BRACKET)
 		close_bracket(ctx, closes);
 	KPT_CONSTANT(opens, 0);
-	if ((u32)opens != NONE)
+	if (opens != NO_BRACKET)
 		open_bracket(ctx, opens);
 	return KPT_NF_ACCEPT;
 }
@@ -245,16 +272,12 @@ int lookup_drop(u64 *ctx)
 	u64 skb, reason;
 	struct slot *slot;
 	struct set *set;
-	u32 index;
 
 	KPT_LOAD64(reason, ctx, 16);
 	if ((u32)reason != KPT_REASON_NETFILTER_DROP)
 		return 0;
 	KPT_LOAD64(skb, ctx, 0);
-	index = set_index(skb);
-	set = slots.lookup(&index);
-	if (!set)
-		return 0;
+	set = set_of(skb);
 	slot = &set->way[0];
 	if (slot->skb != skb) {
 		slot = &set->way[1];

@@ -220,7 +220,7 @@ class Parts:
     def _start_lookup(self, code: Bytecode) -> None:
         settings = self._settings
         try:
-            kernel = LookupKernel(code)
+            kernel = LookupKernel(code, self._settings.host)
         except KernelError as error:
             if error.errno == 1:
                 raise PrivilegeError(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled programs as plain data, and the pure rewriting that makes them loadable on this kernel.
 
-The compiler leaves three kinds of holes: references to maps (by name), calls of kernel functions (by placeholder
-helper number, since BCC cannot call kfuncs), and constants that differ per instance (by placeholder immediate).
+The compiler leaves holes: references to maps (by name) and to the value of a map that has only one (by placeholder
+immediate, since BCC cannot say it), calls of kernel functions (by placeholder helper number, since BCC cannot call
+kfuncs), and constants that differ per instance (by placeholder immediate).
 """
 
 import struct
@@ -14,6 +15,7 @@ from kptrace.kernel.maps import MapSpec
 from kptrace.model.errors import CompileError
 
 _K = TypeVar("_K")
+_V = TypeVar("_V")
 
 _INSN = struct.Struct("<BBhi")
 _LD_IMM64 = 0x18
@@ -23,10 +25,12 @@ _MOV64_X, _MOV32_X = 0xBF, 0xBC
 _ADD64_K = 0x07
 _PSEUDO_MAP_FD = 1
 _PSEUDO_KFUNC_CALL = 2
+_PSEUDO_MAP_VALUE = 2
 
 #: Placeholder immediates: types.h has the same numbers.
 KFUNC_BASE = 0x7FFF0001
 CONSTANT_BASE = 0x7ABC1000
+VALUE_BASE = 0x7ABC2000
 LOW32_MARK = 0x7ABC0001
 
 
@@ -58,6 +62,7 @@ def link(
     map_fds: Mapping[str, int],
     kfuncs: Mapping[int, int] | None = None,
     constants: Mapping[int, int] | None = None,
+    values: Mapping[int, str] | None = None,
 ) -> bytes:
     """Fill the holes of one function.
 
@@ -66,11 +71,12 @@ def link(
         map_fds: map name to descriptor.
         kfuncs: placeholder number (0, 1, ...) to BTF id of the kernel function.
         constants: placeholder number to the 32-bit value to put in.
+        values: placeholder number to the name of the one-element array map whose value is meant.
 
     Raises:
         CompileError: a hole has no filling.
     """
-    kfuncs, constants = kfuncs or {}, constants or {}
+    kfuncs, constants, values = kfuncs or {}, constants or {}, values or {}
     code = bytearray(function.code)
     for index in range(len(code) // 8):
         at = index * 8
@@ -83,6 +89,9 @@ def link(
         elif op == _CALL and KFUNC_BASE <= imm < KFUNC_BASE + 16:
             btf_id = _filling(kfuncs, imm - KFUNC_BASE, "kernel function")
             _INSN.pack_into(code, at, op, (regs & 0x0F) | _PSEUDO_KFUNC_CALL << 4, 0, btf_id)
+        elif op == _LD_IMM64 and VALUE_BASE <= imm < VALUE_BASE + 16:
+            fd = _filling(map_fds, _filling(values, imm - VALUE_BASE, "map value"), "map")
+            _INSN.pack_into(code, at, op, (regs & 0x0F) | _PSEUDO_MAP_VALUE << 4, off, fd)
         elif op in (_MOV64_K, _MOV32_K, _LD_IMM64) and CONSTANT_BASE <= imm < CONSTANT_BASE + 64:
             value = _filling(constants, imm - CONSTANT_BASE, "constant")
             _INSN.pack_into(code, at, op, regs, off, value - (1 << 32) if value >= 1 << 31 else value)
@@ -98,7 +107,7 @@ def link(
     return bytes(code)
 
 
-def _filling(table: Mapping[_K, int], key: _K, kind: str) -> int:
+def _filling(table: Mapping[_K, _V], key: _K, kind: str) -> _V:
     try:
         return table[key]
     except KeyError:

@@ -36,6 +36,12 @@ class Host:
         """The kernel's configuration, compressed; only there with CONFIG_IKCONFIG_PROC."""
         return self.proc / "config.gz"
 
+    def possible_cpus(self) -> int:
+        """How many CPUs the kernel may ever have: as many values has an entry of a per-CPU map."""
+        ranges = (self.sys / "devices/system/cpu/possible").read_text(encoding="ascii").strip().split(",")
+        ends = [each.split("-") for each in ranges]
+        return sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
+
     @property
     def tracefs_candidates(self) -> tuple[Path, Path]:
         """Where tracefs is usually mounted, best first."""

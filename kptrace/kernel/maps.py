@@ -78,6 +78,13 @@ class Map:
             raise
         return value.raw
 
+    def lookup_per_cpu(self, key: bytes, cpus: int) -> list[bytes]:
+        """The values under the key in a per-CPU array, one for each of the `cpus` that are possible."""
+        size = -(-self.spec.value_size // 8) * 8
+        values = ctypes.create_string_buffer(size * cpus)
+        self._element(Command.MAP_LOOKUP_ELEM, key, ctypes.addressof(values))
+        return [values.raw[at : at + self.spec.value_size] for at in range(0, size * cpus, size)]
+
     def update(self, key: bytes, value: bytes) -> None:
         """Write the value. Raises KernelError with E2BIG where the map is full."""
         buffer = ctypes.create_string_buffer(value, len(value))

@@ -14,7 +14,6 @@ from kptrace.model.errors import KernelError
 from kptrace.model.identity import Snapshot
 from kptrace.model.metrics import MetricFamily, MetricSpec
 from kptrace.model.signal import MechanismState
-from kptrace.signals import lookup_cells as cells
 from kptrace.signals.lookup_families import SPECS, Published, bracket_families, own_families
 from kptrace.signals.lookup_floor import measure_floor
 from kptrace.signals.lookup_follow import BracketFollower, Chains
@@ -124,7 +123,7 @@ class LookupSignal:
     def _govern(self) -> None:
         if self._closed:
             return
-        now, opened = self._clock(), cells.opened(self._kernel.memory("counts"))
+        now, opened = self._clock(), self._kernel.opened()
         elapsed = max(now - self._governed_at, 1e-3)
         first, rest = (new - old for new, old in zip(opened, self._opened, strict=True))
         self._governed_at, self._opened = now, opened

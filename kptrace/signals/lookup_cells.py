@@ -17,11 +17,9 @@ CELLS_PER_BRACKET = len(WALKS) * len(CT_STATES) * len(VERDICTS)
 WORDS = 128
 SUM_WORD = WORDS - 1
 CELL_BYTES = WORDS * 8
-COUNT_KINDS = 8
-#: Indices of the counts of opened brackets, by walk.
-OPENED_FIRST, OPENED_REST = 0, 5
-#: Index of each count that is a loss, and its reason.
-UNPAIRED_REASONS = {1: "queued", 2: "stolen_or_in_flight", 3: "evicted", 4: "opened_elsewhere"}
+#: Losses, in the order of their counts.
+UNPAIRED_REASONS = ("queued", "stolen_or_in_flight", "evicted", "opened_elsewhere")
+COUNT_KINDS = len(UNPAIRED_REASONS)
 
 LOOKUP_SPEC = MetricSpec(
     "kptrace_lookup_duration_seconds",
@@ -116,13 +114,7 @@ def unpaired_samples(memory: memoryview, brackets: Mapping[int, BracketLabels]) 
     words = array("Q", bytes(memory[: MAX_BRACKETS * COUNT_KINDS * 8]))
     totals: dict[tuple[str, str], int] = {}
     for number, labels in brackets.items():
-        for kind, reason in UNPAIRED_REASONS.items():
+        for kind, reason in enumerate(UNPAIRED_REASONS):
             key = (labels.hook.label, reason)
             totals[key] = totals.get(key, 0) + words[number * COUNT_KINDS + kind]
     return [Sample(key, float(value)) for key, value in sorted(totals.items())]
-
-
-def opened(memory: memoryview) -> tuple[int, int]:
-    """How many sampled first packets, and how many others, ever opened a bracket."""
-    words = array("Q", bytes(memory[: MAX_BRACKETS * COUNT_KINDS * 8]))
-    return sum(words[OPENED_FIRST::COUNT_KINDS]), sum(words[OPENED_REST::COUNT_KINDS])

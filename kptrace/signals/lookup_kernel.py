@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from kptrace.kernel.attach import attach_netfilter, attach_raw_tracepoint
 from kptrace.kernel.bytecode import Bytecode, link
 from kptrace.kernel.compile import Request
+from kptrace.kernel.host import Host
 from kptrace.kernel.load import AttachType, ProgramType, load_program
 from kptrace.kernel.maps import Map
 from kptrace.model.netfilter import IpFamily
@@ -19,6 +20,10 @@ from kptrace.signals.sampling import Sampling
 
 NO_BRACKET = 0xFFFFFFFF
 _CONFIG = struct.Struct("=QQQ")
+_CPU = struct.Struct("=QQQ")
+_FIRST = struct.pack("=I", 0)
+#: Maps whose only value the programs address directly, in the order of bpf/lookup.bpf.c.
+VALUES = {0: "config", 1: "slots", 2: "counts"}
 
 REQUEST = Request(
     "lookup.bpf.c",
@@ -56,8 +61,9 @@ class BoundaryProgram:
 class LookupKernel:
     """Maps and programs in the kernel; everything goes away with `close`, or with the process."""
 
-    def __init__(self, bytecode: Bytecode) -> None:
-        """Make the maps and load the drop program; nothing is attached yet."""
+    def __init__(self, bytecode: Bytecode, host: Host = Host()) -> None:
+        """Make the maps; nothing is attached yet."""
+        self._cpus = host.possible_cpus()
         self._code = bytecode
         self._kfuncs = {
             0: bytecode.values["KPT_KFUNC_DYNPTR_FROM_SKB"],
@@ -70,7 +76,7 @@ class LookupKernel:
 
     def attach_drops(self) -> None:
         """Close the brackets of dropped packets through kfree_skb."""
-        code = link(self._code.functions["lookup_drop"], map_fds=self._fds)
+        code = link(self._code.functions["lookup_drop"], map_fds=self._fds, values=VALUES)
         program = load_program("lookup_drop", code, ProgramType.RAW_TRACEPOINT)
         try:
             self._attached.append(attach_raw_tracepoint(program, "kfree_skb"))
@@ -82,6 +88,7 @@ class LookupKernel:
         code = link(
             self._code.functions["lookup_boundary"],
             map_fds=self._fds,
+            values=VALUES,
             kfuncs=self._kfuncs,
             constants={
                 0: program.opens,
@@ -105,6 +112,11 @@ class LookupKernel:
     def memory(self, name: str) -> memoryview:
         """A map's values, live."""
         return memoryview(self._maps[name].memory())
+
+    def opened(self) -> tuple[int, int]:
+        """About how many sampled first packets, and how many others, ever opened a bracket: for estimates of cost."""
+        values = [_CPU.unpack(value) for value in self._maps["cpus"].lookup_per_cpu(_FIRST, self._cpus)]
+        return sum(first for _, first, _ in values), sum(rest for _, _, rest in values)
 
     def set_services(self, wanted: Mapping[tuple[IpFamily, bytes], int]) -> None:
         """Make the maps of Service addresses hold exactly this: address key to service number."""

@@ -6,6 +6,9 @@
 /* A constant that the loader patches per instance: kernel/bytecode.py, CONSTANT_BASE. */
 #define KPT_CONSTANT(variable, number) asm volatile("%0 = %1" : "=r"(variable) : "i"(0x7abc1000 + (number)))
 
+/* The address of a one-element array's value, without a look-up: kernel/bytecode.py, VALUE_BASE. */
+#define KPT_VALUE(pointer, number) asm volatile("%0 = %1 ll" : "=r"(pointer) : "i"(0x7abc2000 + (number)))
+
 /* Direct loads through a BTF pointer: written in C, BCC would turn them into bpf_probe_read_kernel(), which a confidential
  * lockdown refuses. */
 #define KPT_LOAD64(to, from, offset) asm volatile("%0 = *(u64 *)(%1 + %2)" : "=r"(to) : "r"(from), "i"(offset))

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from kptrace.kernel.bytecode import CONSTANT_BASE, KFUNC_BASE, LOW32_MARK, Function, link
+from kptrace.kernel.bytecode import CONSTANT_BASE, KFUNC_BASE, LOW32_MARK, VALUE_BASE, Function, link
 from kptrace.model.errors import CompileError
 
 
@@ -18,6 +18,12 @@ def test_a_map_reference_gets_its_descriptor() -> None:
     """The two halves of a map load become BPF_PSEUDO_MAP_FD with the descriptor."""
     function = Function(insn(0x18, 0x01) + insn(0), {0: "cells"})
     assert link(function, map_fds={"cells": 7}) == insn(0x18, 0x11, 0, 7) + insn(0)
+
+
+def test_a_map_value_gets_its_maps_descriptor() -> None:
+    """The marked 64-bit load becomes BPF_PSEUDO_MAP_VALUE with the descriptor, at offset 0 of the value."""
+    function = Function(insn(0x18, 0x03, 0, VALUE_BASE + 1) + insn(0), {})
+    assert link(function, map_fds={"slots": 9}, values={1: "slots"}) == insn(0x18, 0x23, 0, 9) + insn(0)
 
 
 def test_a_kernel_function_call_gets_its_btf_id() -> None:
@@ -46,6 +52,7 @@ def test_the_low_32_bits_of_a_pointer_become_a_number() -> None:
         Function(insn(0x85, 0, 0, KFUNC_BASE), {}),
         Function(insn(0xB7, 0, 0, CONSTANT_BASE), {}),
         Function(insn(0x07, 0, 0, LOW32_MARK), {}),
+        Function(insn(0x18, 0, 0, VALUE_BASE) + insn(0), {}),
     ],
 )
 def test_a_hole_without_filling_is_an_error(function: Function) -> None:
