@@ -1,73 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sources that one daemon runs: which signals this kernel and the settings allow, made and connected."""
+"""The sources that one daemon runs: which parts this kernel and the settings allow, compiled and started."""
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
 import structlog
 
+from kptrace.daemon import lookup_parts, rewrite_parts
 from kptrace.daemon.loop import Loop
+from kptrace.daemon.part import Node, Part, Running, Unused
 from kptrace.daemon.settings import Settings
-from kptrace.dataplanes.installed import InstalledChains
 from kptrace.identity.resources import Level
 from kptrace.identity.source import Identity, IdentitySettings
 from kptrace.kernel.bytecode import Bytecode
 from kptrace.kernel.capabilities import Capability, effective_capabilities, missing_capabilities
-from kptrace.kernel.compile import Compiler, Request
+from kptrace.kernel.compile import Compiler
 from kptrace.kernel.features import TABLE, probe
 from kptrace.kernel.netns import NetworkNamespace
-from kptrace.model.errors import CompileError, KernelError, PrivilegeError, UnsupportedError
-from kptrace.model.metrics import MetricFamily, MetricSpec
-from kptrace.model.netfilter import DataPlane
-from kptrace.model.rewrite import Rewrite
+from kptrace.model.errors import KernelError, KptraceError, PrivilegeError, UnsupportedError
 from kptrace.model.signal import MechanismState, Source, State
-from kptrace.signals.lookup import LookupSignal, Options
-from kptrace.signals.lookup_kernel import REQUEST as LOOKUP_REQUEST
-from kptrace.signals.lookup_kernel import LookupKernel
 from kptrace.signals.mechanisms import SLOW_FEATURES, judge_all
-from kptrace.signals.rewrite import Options as RewriteOptions
-from kptrace.signals.rewrite import RewriteSignal
-from kptrace.signals.rewrite_kernel import REQUEST as REWRITE_REQUEST
-from kptrace.signals.rewrite_reduce import BASE_CHAINS
-from kptrace.signals.writers import parse_writer
 
 IDENTITY_POLL_SECONDS = 0.5
 #: Without these nothing can be loaded or linked, and no namespace entered.
 _NEEDED = (Capability.BPF, Capability.PERFMON, Capability.NET_ADMIN, Capability.SYS_ADMIN)
 
-
-class Missing:
-    """Mechanisms that this node cannot use, or was told not to: they have states and no samples.
-
-    Attributes:
-        rows: the states; replaced as a whole.
-    """
-
-    name = "mechanisms"
-
-    def __init__(self, rows: tuple[MechanismState, ...]) -> None:
-        """A source with nothing but states."""
-        self.rows = rows
-
-    def describe(self) -> Sequence[MetricSpec]:
-        """See `Source`."""
-        return ()
-
-    def families(self) -> Iterable[MetricFamily]:
-        """See `Source`."""
-        return ()
-
-    def states(self) -> Sequence[MechanismState]:
-        """See `Source`."""
-        return self.rows
+#: Every part there is. Those of one group are tried in this order.
+PARTS: tuple[Part, ...] = (*lookup_parts.PARTS, *rewrite_parts.PARTS)
 
 
 class Parts:
     """All sources of one daemon; `start` attaches them, `close` lets everything go."""
 
-    def __init__(self, settings: Settings, loop: Loop) -> None:
+    def __init__(self, settings: Settings, loop: Loop, parts: Iterable[Part] = PARTS) -> None:
         """Open the namespace and the names: what a user may have got wrong is said before anything is attached.
 
         Raises:
@@ -75,11 +42,12 @@ class Parts:
         """
         self._settings = settings
         self._loop = loop
+        self._parts = tuple(parts)
         self._log = structlog.get_logger()
         self._stack = ExitStack()
-        self.netns = NetworkNamespace(settings.netns)
-        self._stack.callback(self.netns.close)
-        self.identity = Identity.open(
+        netns = NetworkNamespace(settings.netns)
+        self._stack.callback(netns.close)
+        identity = Identity.open(
             IdentitySettings(
                 level=Level(settings.identity),
                 file=settings.identity_file,
@@ -87,14 +55,13 @@ class Parts:
                 node=settings.node_name,
             )
         )
-        self._stack.callback(self.identity.close)
-        self._unused = Missing(())
-        self.sources: list[Source] = [self.identity, self._unused]
-        self.from_cache = False
+        self._stack.callback(identity.close)
+        self._node = Node(settings, loop, netns, identity, self._stack)
+        self._unused = Unused()
+        self._running: list[Running] = []
+        self.sources: list[Source] = [identity, self._unused]
+        self.from_cache = True
         self._started = False
-        self.lookup: LookupSignal | None = None
-        self.rewrite: RewriteSignal | None = None
-        self._chains: InstalledChains | None = None
 
     @property
     def ready(self) -> bool:
@@ -107,8 +74,10 @@ class Parts:
 
     def losses(self) -> Mapping[tuple[str, str], int]:
         """Lost events by signal and reason."""
-        rewrites = self.rewrite.losses() if self.rewrite is not None else {}
-        return {("daemon", "callback_failed"): self._loop.failures, **rewrites}
+        totals = {("daemon", "callback_failed"): self._loop.failures}
+        for source in self._running:
+            totals.update(source.losses())
+        return totals
 
     def sections(self) -> Mapping[str, object]:
         """What /status shows besides the states."""
@@ -124,32 +93,38 @@ class Parts:
 
         Raises:
             PrivilegeError: the kernel lets this process load nothing.
+            UnsupportedError: the mechanism that was asked for cannot be had, or none at all.
             ManifestError: the identity file cannot be understood.
         """
-        self.identity.start()
+        self._node.identity.start()
         states = {(state.signal, state.mechanism): state for state in self._probe()}
-        bracket, tracepoint = states.pop(("lookup", "bracket")), states.pop(("rewrite", "tracepoint"))
-        if self._settings.lookup_mechanism == "off":
-            bracket = replace(bracket, state=State.OFF, reason="disabled", detail="--lookup-mechanism=off")
-        if not self._settings.rewrites:
-            tracepoint = replace(tracepoint, state=State.OFF, reason="disabled", detail="--no-rewrites")
-        codes = self._compile({bracket: LOOKUP_REQUEST, tracepoint: REWRITE_REQUEST})
-        if bracket in codes:
-            self._start_lookup(codes[bracket])
-        if tracepoint in codes:
-            self._start_rewrite(codes[tracepoint])
-        self._unused.rows += tuple(states.values())
-        rest = frozenset(states)
+        self._unused.add(states.values())
+        candidates = [part for part in self._parts if self._wanted(part, states)]
+        while candidates:
+            # At most one of each group at a time: where it works, the others are not even compiled.
+            first = {part.group: part for part in reversed(candidates)}
+            started = self._start_each([part for part in candidates if part is first[part.group]])
+            candidates = [
+                part for part in candidates if part is not first[part.group] and part.group not in started
+            ]
+        if not self._running and any(not part.disabled(self._settings) for part in self._parts):
+            reasons = "; ".join(
+                f"{row.mechanism}: {row.detail or row.reason}" for row in self._unused.states()
+            )
+            raise UnsupportedError(
+                f"nothing can be measured on this kernel: {reasons}",
+                remedy="see `kptrace check`, and docs/support.md for the kernels that are supported",
+            )
+        rest = frozenset(states) - {(row.signal, row.mechanism) for s in self._running for row in s.states()}
         threading.Thread(target=self._probe_rest, args=[rest], name="kptrace-probe", daemon=True).start()
-        self._loop.call_every(IDENTITY_POLL_SECONDS, self.identity.poll)
+        self._loop.call_every(IDENTITY_POLL_SECONDS, self._node.identity.poll)
         self._started = True
 
     def _probe(self) -> list[MechanismState]:
-        """What this kernel can do for each mechanism.
+        """What this kernel can do for each mechanism, as far as that is quickly known.
 
         Raises:
             PrivilegeError: a capability is missing without which nothing can be measured.
-            UnsupportedError: the mechanism that was asked for cannot be had.
         """
         missing = missing_capabilities(effective_capabilities(self._settings.host), _NEEDED)
         if missing:
@@ -157,112 +132,89 @@ class Parts:
                 f"missing {', '.join(map(str, missing))}", remedy="run as root, or grant these capabilities"
             )
         quick = [feature for feature in TABLE if feature.name not in SLOW_FEATURES]
-        states = judge_all(probe(self._settings.host, table=quick))
-        wanted = next((s for s in states if s.mechanism == self._settings.lookup_mechanism), None)
-        if wanted is not None and wanted.state is State.UNAVAILABLE:
-            raise UnsupportedError(
-                f"look-ups cannot be measured by {wanted.mechanism}: {wanted.detail}",
-                remedy="use --lookup-mechanism=auto",
-            )
-        return states
+        return judge_all(probe(self._settings.host, table=quick))
 
-    def _probe_rest(self, rest: frozenset[tuple[str, str]]) -> None:
-        """Find out about the mechanisms that are not in use, beside the running signals."""
-        fresh = {(s.signal, s.mechanism): s for s in judge_all(probe(self._settings.host))}
+    def _wanted(self, part: Part, states: Mapping[tuple[str, str], MechanismState]) -> bool:
+        """Whether to try a part; if not, its state says why."""
+        if disabled := part.disabled(self._settings):
+            row = MechanismState(part.signal, part.mechanism, State.OFF, "disabled", disabled)
+            self._unused.add([row])
+            return False
+        known = states[part.signal, part.mechanism]
+        if known.state is State.UNAVAILABLE:
+            self._unavailable(part, known.reason, known.detail)
+            return False
+        return True
 
-        def publish() -> None:
-            old = (row for row in self._unused.rows if (row.signal, row.mechanism) not in rest)
-            self._unused.rows = (*old, *(fresh[key] for key in sorted(rest)))
+    def _start_each(self, parts: list[Part]) -> set[str]:
+        """Compile together, start one after the other; return the groups of those that run."""
+        compiler = Compiler(self._settings.host.vmlinux_btf, self._settings.cache_dir)
+        answers = compiler.build_each([part.request for part in parts])
+        self.from_cache = self.from_cache and compiler.from_cache
+        running = set()
+        for part, answer in zip(parts, answers, strict=True):
+            if not isinstance(answer, Bytecode):
+                self._unavailable(part, "compile_failed", str(answer))
+            elif self._start_one(part, answer):
+                running.add(part.group)
+        return running
 
-        self._loop.call_soon_threadsafe(publish)
+    def _start_one(self, part: Part, code: Bytecode) -> bool:
+        with ExitStack() as own:
+            try:
+                source = part.start(replace(self._node, stack=own), code)
+            except UnsupportedError as error:
+                self._unavailable(part, "unsupported", str(error))
+                return False
+            except (KernelError, PrivilegeError) as error:
+                # All capabilities are there (`_probe`): it is the kernel that does not let anybody do this.
+                self._unavailable(part, "attach_refused", str(error))
+                return False
+            self._stack.push(own.pop_all())
+        self._unused.rows = {
+            key: row for key, row in self._unused.rows.items() if key != (part.signal, part.mechanism)
+        }
+        self._running.append(source)
+        self.sources.append(source)
+        return True
 
-    def _compile(self, wanted: Mapping[MechanismState, Request]) -> dict[MechanismState, Bytecode]:
-        """Compile for the mechanisms that can be had; the others become sources that say why not."""
-        requests = {state: request for state, request in wanted.items() if state.state is State.ACTIVE}
-        self._unused.rows += tuple(state for state in wanted if state not in requests)
-        compiler = Compiler(self._settings.host.sys / "kernel/btf/vmlinux", self._settings.cache_dir)
-        found = {}
-        for state, answer in zip(requests, compiler.build_each(list(requests.values())), strict=True):
-            if isinstance(answer, CompileError):
-                self._unavailable(state.signal, state.mechanism, "compile_failed", answer)
-            else:
-                found[state] = answer
-        self.from_cache = compiler.from_cache
-        return found
-
-    def _start_rewrite(self, code: Bytecode) -> None:
-        try:
-            rewrite = RewriteSignal(
-                code,
-                self.netns,
-                self._loop,
-                self._settings.host,
-                self._committed,
-                RewriteOptions(writers=tuple(parse_writer(text) for text in self._settings.writers)),
-            )
-            self._stack.callback(rewrite.close)
-            rewrite.start()
-        except (KernelError, UnsupportedError) as error:
-            self._unavailable("rewrite", "tracepoint", "attach_refused", error)
-            return
-        self.rewrite = rewrite
-        self.sources.append(rewrite)
-
-    def _committed(self, rewrite: Rewrite) -> None:
-        """A transaction of the watched namespace is in the kernel: follow it where it matters, and only there."""
-        if self.lookup is None or self._chains is None:
-            return
-        if rewrite.dataplane is not DataPlane.IPTABLES_LEGACY and BASE_CHAINS not in rewrite.details:
-            self._chains.acknowledge(rewrite.generation)
-        else:
-            self.lookup.tick()
-
-    def _start_lookup(self, code: Bytecode) -> None:
-        settings = self._settings
-        try:
-            kernel = LookupKernel(code, self._settings.host)
-        except KernelError as error:
-            if error.errno == 1:
-                raise PrivilegeError(
-                    f"the kernel refuses BPF maps: {error}", remedy="run as root, or grant CAP_BPF"
-                ) from error
-            self._unavailable("lookup", "bracket", "maps_refused", error)
-            return
-        self._stack.callback(kernel.close)
-        self._chains = self._stack.enter_context(InstalledChains(self.netns))
-        lookup = LookupSignal(
-            kernel,
-            self.netns,
-            self._chains,
-            self._loop,
-            Options(settings.sampling, settings.overhead_budget, settings.brackets_with_nfqueue),
-        )
-        try:
-            lookup.start()
-        except (KernelError, UnsupportedError) as error:
-            lookup.close()
-            self._unavailable("lookup", "bracket", "attach_refused", error)
-            return
-        self._stack.callback(lookup.close)
-        self.identity.subscribe(lookup.set_identity)
-        lookup.set_identity(self.identity.snapshot())
-        self.lookup = lookup
-        self.sources.append(lookup)
-
-    def _unavailable(self, signal: str, mechanism: str, reason: str, error: Exception) -> None:
+    def _unavailable(self, part: Part, reason: str, detail: str) -> None:
         """Go on without a mechanism; its state says why.
 
         Raises:
             UnsupportedError: the user asked for just this mechanism.
         """
-        if self._settings.lookup_mechanism == mechanism:
+        if part.alternative and self._settings.lookup_mechanism == part.mechanism:
             raise UnsupportedError(
-                f"look-ups cannot be measured by {mechanism}: {error}", remedy="use --lookup-mechanism=auto"
-            ) from error
-        self._log.error(
-            "signal_unavailable", signal=signal, mechanism=mechanism, reason=reason, error=str(error)
+                f"look-ups cannot be measured by {part.mechanism}: {detail}",
+                remedy="use --lookup-mechanism=auto",
+            )
+        self._log.warning(
+            "mechanism_unavailable",
+            signal=part.signal,
+            mechanism=part.mechanism,
+            reason=reason,
+            detail=detail,
         )
-        self._unused.rows += (MechanismState(signal, mechanism, State.UNAVAILABLE, reason, str(error)),)
+        row = MechanismState(part.signal, part.mechanism, State.UNAVAILABLE, reason, detail)
+        self._unused.add([row])
+
+    def _probe_rest(self, rest: frozenset[tuple[str, str]]) -> None:
+        """Find out about the mechanisms that are not in use, beside the running signals."""
+        try:
+            fresh = judge_all(probe(self._settings.host))
+        except KptraceError as error:
+            self._log.warning("probe_failed", error=str(error))
+            return
+        self._loop.call_soon_threadsafe(
+            lambda: self._unused.add(
+                row
+                for row in fresh
+                if (row.signal, row.mechanism) in rest
+                # What was found while starting says more than the probe.
+                and self._unused.rows[row.signal, row.mechanism].state is State.ACTIVE
+            )
+        )
 
     def close(self) -> None:
         """Detach and free everything, in reverse order. Idempotent."""

@@ -3,7 +3,7 @@
 
 import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -170,6 +170,10 @@ class LookupSignal:
     def states(self) -> Sequence[MechanismState]:
         """See `Source`."""
         return [self._published.state]
+
+    def losses(self) -> Mapping[tuple[str, str], int]:
+        """None that are events: unpaired packets have a metric of their own."""
+        return {}
 
     def families(self) -> Iterable[MetricFamily]:
         """See `Source`. Reads the kernel's memory and what was last published."""

@@ -18,6 +18,7 @@ from kptrace.experiments.netns import Namespace
 from kptrace.experiments.scrape import fetch
 from tests.native import traffic
 from tests.native.lookup_bench import nft, nft_counter
+from tests.native.nfqueue import HeldQueue
 
 PORT = 5353
 CHAIN = f"table ip t {{ chain c {{ type filter hook output priority -100; udp dport {PORT} counter; }}; }}"
@@ -224,17 +225,30 @@ def test_a_missing_bcc_is_said(tmp_path: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
-def test_without_a_mechanism_the_rest_goes_on(tmp_path: Path, namespace: Namespace) -> None:
-    """With automatic choice a kernel without BTF loses its signals, says so in /status and metrics, and stays up."""
-    ready = tmp_path / "ready"
-    argv = default_command(DaemonRequest(namespace.path, tmp_path / "none.json", ready))
-    (tmp_path / "none.json").write_text(NO_SERVICES)
+def test_a_kernel_that_can_do_nothing_is_said(tmp_path: Path, namespace: Namespace) -> None:
+    """With automatic choice, exit code 4 and one line that names what each mechanism lacks."""
     (tmp_path / "sys").mkdir()
-    argv += ["--cache-dir", "none", "--sys-root", str(tmp_path / "sys")]
-    with DaemonProcess(argv, ready, tmp_path / "log") as process:
-        scrape = process.scrape()
-        assert (
-            scrape.total("kptrace_signal_state", signal="lookup", mechanism="bracket", state="unavailable")
-            == 1
-        )
-        assert scrape.total("kptrace_build_info") == 1
+    argv = default_command(DaemonRequest(namespace.path, tmp_path / "none.json", tmp_path / "ready"))
+    (tmp_path / "none.json").write_text(NO_SERVICES)
+    run = run_briefly(*argv, "--cache-dir", "none", "--sys-root", str(tmp_path / "sys"))
+    assert run.returncode == 4, run.stderr
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("kptrace: ")]
+    assert "bracket: no BTF" in line
+    assert "tracepoint: no BTF" in line
+    assert "Traceback" not in run.stderr
+
+
+def test_without_a_mechanism_the_rest_goes_on(
+    daemon: Callable[..., DaemonProcess], namespace: Namespace
+) -> None:
+    """In a namespace with an NFQUEUE look-ups are not measured, /status and metrics say so, and rewrites are."""
+    with namespace.call(lambda: HeldQueue(7)):
+        process = daemon()
+        nft(namespace, CHAIN)
+        row = {"signal": "lookup", "mechanism": "bracket", "state": "unavailable"}
+        rewrites = "kptrace_rewrite_duration_seconds_count"
+        assert until(lambda: process.scrape().total(rewrites, outcome="committed") == 1, 5)
+        assert process.scrape().total("kptrace_signal_state", reason="nfqueue_present", **row) == 1
+        states = json.loads(fetch(process.port, "/status?format=json")[1])["signals"]
+        (found,) = [each for each in states if (each["signal"], each["mechanism"]) == ("lookup", "bracket")]
+        assert (found["state"], found["reason"]) == ("unavailable", "nfqueue_present")

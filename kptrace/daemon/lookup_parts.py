@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lookup signal's mechanisms as parts of the daemon, in the order in which `auto` tries them."""
+
+from kptrace.daemon.part import Node, Part, Running
+from kptrace.daemon.settings import Settings
+from kptrace.dataplanes.installed import InstalledChains
+from kptrace.kernel.bytecode import Bytecode
+from kptrace.model.netfilter import DataPlane
+from kptrace.model.rewrite import Rewrite
+from kptrace.signals.lookup import LookupSignal, Options
+from kptrace.signals.lookup_kernel import REQUEST, LookupKernel
+from kptrace.signals.rewrite_reduce import BASE_CHAINS
+
+
+def _start_bracket(node: Node, code: Bytecode) -> Running:
+    settings = node.settings
+    kernel = LookupKernel(code, settings.host)
+    node.stack.callback(kernel.close)
+    chains = node.stack.enter_context(InstalledChains(node.netns))
+    options = Options(settings.sampling, settings.overhead_budget, settings.brackets_with_nfqueue)
+    lookup = LookupSignal(kernel, node.netns, chains, node.loop, options)
+    node.stack.callback(lookup.close)
+    lookup.start()
+    node.identity.subscribe(lookup.set_identity)
+    lookup.set_identity(node.identity.snapshot())
+
+    def follow(rewrite: Rewrite) -> None:
+        # Only where base chains may have come or gone: planning anew reads all of them.
+        if rewrite.dataplane is not DataPlane.IPTABLES_LEGACY and BASE_CHAINS not in rewrite.details:
+            chains.acknowledge(rewrite.generation)
+        else:
+            lookup.tick()
+
+    node.committed.append(follow)
+    return lookup
+
+
+def _disabled(settings: Settings, mechanism: str) -> str:
+    wanted = settings.lookup_mechanism
+    return "" if wanted in ("auto", mechanism) else f"--lookup-mechanism={wanted}"
+
+
+PARTS = (
+    Part(
+        "lookup",
+        "bracket",
+        REQUEST,
+        _start_bracket,
+        lambda settings: _disabled(settings, "bracket"),
+        alternative=True,
+    ),
+)
