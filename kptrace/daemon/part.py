@@ -24,6 +24,10 @@ class Running(Source, Protocol):
         """Lost events by (signal, reason), all reasons from the start."""
         ...
 
+    def status(self, *, names: bool) -> Mapping[str, object]:
+        """Sections of /status by title: JSON values. Names of services and pods only where `names`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Node:

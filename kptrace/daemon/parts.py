@@ -82,11 +82,13 @@ class Parts:
     def sections(self) -> Mapping[str, object]:
         """What /status shows besides the states."""
         losses = {f"{signal}/{reason}": count for (signal, reason), count in self.losses().items()}
-        return {
-            "losses": losses,
-            "compiled_from_cache": self.from_cache,
+        sections: dict[str, object] = {
             "netns": str(self._settings.netns or "own"),
+            "compiled from cache": self.from_cache,
         }
+        for source in self._running:
+            sections.update(source.status(names=self._settings.status_names))
+        return {**sections, "losses": losses}
 
     def start(self) -> None:
         """Compile, attach and begin; names from a file are known when this returns.

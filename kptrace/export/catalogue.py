@@ -8,7 +8,7 @@ from kptrace.model.metrics import MetricSpec
 _HEAD = """\
 # Metrics
 
-Made by the code from the code: not to be edited.
+Made by the code from the code: not to be edited (`make golden` writes it).
 
 An info is a gauge of value 1. A label set appears with its first sample. Beyond `--max-series` what is too much is
 folded into one series of its metric whose labels are all `~other`: counts are added, of times and shares the largest

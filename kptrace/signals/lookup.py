@@ -14,7 +14,7 @@ from kptrace.model.errors import KernelError
 from kptrace.model.identity import Snapshot
 from kptrace.model.metrics import MetricFamily, MetricSpec
 from kptrace.model.signal import MechanismState
-from kptrace.signals.lookup_families import SPECS, Published, bracket_families, own_families
+from kptrace.signals.lookup_families import SPECS, Published, bracket_families, own_families, status_rows
 from kptrace.signals.lookup_floor import measure_floor
 from kptrace.signals.lookup_follow import BracketFollower, Chains
 from kptrace.signals.lookup_kernel import LookupKernel
@@ -170,6 +170,15 @@ class LookupSignal:
     def states(self) -> Sequence[MechanismState]:
         """See `Source`."""
         return [self._published.state]
+
+    def status(self, *, names: bool) -> Mapping[str, object]:
+        """What /status shows of it; the services with a series of their own only where `names` are allowed."""
+        known = list(self._services.names)
+        services: dict[str, object] = {"known": len(known), "refused": self._services.refused}
+        if names:
+            shown = (f"{s.namespace}/{s.name}:{s.port}/{s.protocol.name}" for s in self._top.named(known))
+            services["named"] = ", ".join(shown)
+        return {**status_rows(self._published), "services": services}
 
     def losses(self) -> Mapping[tuple[str, str], int]:
         """None that are events: unpaired packets have a metric of their own."""

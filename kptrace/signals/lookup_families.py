@@ -102,6 +102,28 @@ def own_families(seen: Published) -> Iterable[MetricFamily]:
     yield MetricFamily(REFUSED_SPEC, [Sample((), float(seen.refused))])
 
 
+def status_rows(seen: Published) -> Mapping[str, object]:
+    """What /status shows: the brackets with what is in each, and the sampling."""
+    brackets = [
+        {
+            "dataplane": bracket.dataplane.value,
+            "family": bracket.family.value,
+            "hook": bracket.hook.label,
+            "chains": ", ".join(f"{table} {chain}" for table, chain in sorted(set(bracket.members))),
+        }
+        for bracket in (seen.plan.brackets if seen.plan else ())
+    ]
+    first, rest = seen.ratios
+    sampling = {
+        "first packets": first,
+        "the rest": rest,
+        "overhead": seen.overhead,
+        "overhead budget": seen.budget or "none",
+        "floor in ns": round(seen.floor * 1e9, 1) if seen.floor is not None else "not measured",
+    }
+    return {"brackets": brackets, "sampling": sampling}
+
+
 def _bracket_info(current: Plan | None) -> Iterable[Sample]:
     for bracket in current.brackets if current else ():
         for table, chain in sorted(set(bracket.members)):

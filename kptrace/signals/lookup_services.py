@@ -8,7 +8,7 @@ one that loses its series takes its samples out of sight, not into `~other`.
 import socket
 import struct
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kptrace.kernel.histogram import SERVICE_LADDER_NS
@@ -136,6 +136,10 @@ class ServiceTop:
         shown = _minus(_words(cells, cell), self._named.pop(cell).base)
         self._retired[plane] = _plus(self._retired.get(plane, array("Q", bytes(CELL_BYTES))), shown)
         return True
+
+    def named(self, names: Sequence[ServicePort]) -> list[ServicePort]:
+        """The services that have a series of their own now, each once."""
+        return [names[number] for number in sorted({cell // len(PLANES) for cell in self._named})]
 
     def samples(
         self, cells: "array[int]", names: list[ServicePort], mechanism: str

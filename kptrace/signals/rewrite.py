@@ -230,6 +230,16 @@ class RewriteSignal:
     def _row(self, state: State, reason: str, detail: str = "") -> MechanismState:
         return MechanismState(self.name, "tracepoint", state, reason, detail)
 
+    def status(self, *, names: bool) -> Mapping[str, object]:
+        """What /status shows of it."""
+        seen = self._published
+        ruleset = {
+            "generation": "unknown" if seen.generation is None else seen.generation,
+            "sizes are exact": seen.exact,
+            "objects": sum(seen.rows.values()),
+        }
+        return {"ruleset": ruleset}
+
     def losses(self) -> Mapping[tuple[str, str], int]:
         """Lost events by (signal, reason), all reasons from the start."""
         kernel = self._last_losses if self._closed else self._kernel.losses()

@@ -39,6 +39,10 @@ class Fake:
         """One row."""
         return [self._row]
 
+    def status(self, *, names: bool) -> Mapping[str, object]:
+        """Whether names are allowed."""
+        return {f"{self.name} names": names}
+
     def losses(self) -> Mapping[tuple[str, str], int]:
         """Some."""
         return {(self.name, "ring_full"): 7}
@@ -172,6 +176,14 @@ def test_a_daemon_that_can_measure_nothing_does_not_start(bench: Bench, start: C
         bench.errors[each] = KernelError(f"{each} refused", errno=1)
     with pytest.raises(UnsupportedError, match=r"bracket refused.*fentry refused.*tracepoint refused"):
         start(three(bench))
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_names_are_shown_only_where_allowed(bench: Bench, start: Callable[..., Parts], allowed: bool) -> None:
+    """Every running signal has its sections in /status, and hears whether it may show names."""
+    sections = start(three(bench), status_names=allowed).sections()
+    assert sections["lookup names"] is sections["rewrite names"] is allowed
+    assert sections["losses"] == {"daemon/callback_failed": 0, "lookup/ring_full": 7, "rewrite/ring_full": 7}
 
 
 def test_everything_is_closed_in_reverse_order(bench: Bench, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pkgutil
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +70,15 @@ def test_the_page_is_as_agreed(golden: Callable[[str, str], None]) -> None:
     """One row a metric, by name, once."""
     hostile = MetricSpec("kptrace_a", "gauge", "A | pipe,\na line and a \\ backslash.")
     golden("catalogue.md", catalogue([DURATION, SIZE, COUNT, BRACKET, hostile, SIZE]))
+
+
+def test_docs_have_every_metric(request: pytest.FixtureRequest) -> None:
+    """docs/metrics.md is what the code says; `make golden` writes it anew."""
+    path = Path(kptrace.__path__[0]).parent / "docs/metrics.md"
+    text = catalogue(spec for _, spec in all_specs())
+    if request.config.getoption("--update-golden"):
+        path.write_text(text, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == text, "make golden, then review the diff"
 
 
 def test_two_meanings_of_a_name_are_refused() -> None:
