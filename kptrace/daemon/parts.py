@@ -19,7 +19,7 @@ from kptrace.kernel.capabilities import Capability, effective_capabilities, miss
 from kptrace.kernel.compile import Compiler
 from kptrace.kernel.features import TABLE, probe
 from kptrace.kernel.netns import NetworkNamespace
-from kptrace.model.errors import KernelError, KptraceError, PrivilegeError, UnsupportedError
+from kptrace.model.errors import CompileError, KernelError, KptraceError, PrivilegeError, UnsupportedError
 from kptrace.model.signal import MechanismState, Source, State
 from kptrace.signals.mechanisms import SLOW_FEATURES, judge_all
 
@@ -59,6 +59,7 @@ class Parts:
         self._node = Node(settings, loop, netns, identity, self._stack)
         self._unused = Unused()
         self._running: list[Running] = []
+        self._failures: list[KptraceError] = []
         self.sources: list[Source] = [identity, self._unused]
         self.from_cache = True
         self._started = False
@@ -96,6 +97,7 @@ class Parts:
         Raises:
             PrivilegeError: the kernel lets this process load nothing.
             UnsupportedError: the mechanism that was asked for cannot be had, or none at all.
+            CompileError: the same, for want of BCC.
             ManifestError: the identity file cannot be understood.
         """
         self._node.identity.start()
@@ -109,7 +111,10 @@ class Parts:
             candidates = [
                 part for part in candidates if part is not first[part.group] and part.group not in started
             ]
-        if not self._running and any(not part.disabled(self._settings) for part in self._parts):
+        if not self._running and self._failures:
+            for failure in self._failures:
+                if isinstance(failure, CompileError):
+                    raise failure
             reasons = "; ".join(
                 f"{row.mechanism}: {row.detail or row.reason}" for row in self._unused.states()
             )
@@ -144,7 +149,7 @@ class Parts:
             return False
         known = states[part.signal, part.mechanism]
         if known.state is State.UNAVAILABLE:
-            self._unavailable(part, known.reason, known.detail)
+            self._unavailable(part, known.reason, UnsupportedError(known.detail))
             return False
         return True
 
@@ -156,7 +161,8 @@ class Parts:
         running = set()
         for part, answer in zip(parts, answers, strict=True):
             if not isinstance(answer, Bytecode):
-                self._unavailable(part, "compile_failed", str(answer))
+                reason = "compile_failed" if isinstance(answer, CompileError) else "btf_lacking"
+                self._unavailable(part, reason, answer)
             elif self._start_one(part, answer):
                 running.add(part.group)
         return running
@@ -166,11 +172,11 @@ class Parts:
             try:
                 source = part.start(replace(self._node, stack=own), code)
             except UnsupportedError as error:
-                self._unavailable(part, "unsupported", str(error))
+                self._unavailable(part, "unsupported", error)
                 return False
             except (KernelError, PrivilegeError) as error:
                 # All capabilities are there (`_probe`): it is the kernel that does not let anybody do this.
-                self._unavailable(part, "attach_refused", str(error))
+                self._unavailable(part, "attach_refused", error)
                 return False
             self._stack.push(own.pop_all())
         self._unused.rows = {
@@ -180,17 +186,22 @@ class Parts:
         self.sources.append(source)
         return True
 
-    def _unavailable(self, part: Part, reason: str, detail: str) -> None:
+    def _unavailable(self, part: Part, reason: str, error: KptraceError) -> None:
         """Go on without a mechanism; its state says why.
 
         Raises:
+            CompileError: BCC cannot compile what the user asked for.
             UnsupportedError: the user asked for just this mechanism.
         """
         if part.alternative and self._settings.lookup_mechanism == part.mechanism:
+            if isinstance(error, CompileError):
+                raise error
             raise UnsupportedError(
-                f"look-ups cannot be measured by {part.mechanism}: {detail}",
+                f"look-ups cannot be measured by {part.mechanism}: {error}",
                 remedy="use --lookup-mechanism=auto",
-            )
+            ) from error
+        detail = str(error)
+        self._failures.append(error)
         self._log.warning(
             "mechanism_unavailable",
             signal=part.signal,

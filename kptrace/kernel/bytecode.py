@@ -34,6 +34,10 @@ VALUE_BASE = 0x7ABC2000
 LOW32_MARK = 0x7ABC0001
 
 
+#: Exit code of a compile child that found the BTF without something that the request needs.
+LACKING = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Function:
     """One compiled program function.

@@ -23,12 +23,15 @@ from types import MappingProxyType
 import structlog
 
 from kptrace import __version__
-from kptrace.kernel.bytecode import Bytecode, Function
+from kptrace.kernel.bytecode import LACKING, Bytecode, Function
 from kptrace.kernel.maps import MapSpec, MapType
-from kptrace.model.errors import CompileError
+from kptrace.model.errors import CompileError, UnsupportedError
 
 _TIMEOUT_SECONDS = 120
 _FORMAT = 3
+
+#: Why there is no bytecode.
+Failure = CompileError | UnsupportedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +66,22 @@ class Compiler:
         """Compile one request, or find it in the cache.
 
         Raises:
-            CompileError: BCC is missing, the BTF lacks a fact, or the source does not compile.
+            CompileError: BCC is missing, or the source does not compile.
+            UnsupportedError: the kernel has no BTF, or its BTF lacks a fact.
         """
         (answer,) = self.build_each([request])
-        if isinstance(answer, CompileError):
+        if not isinstance(answer, Bytecode):
             raise answer
         return answer
 
-    def build_each(self, requests: Sequence[Request]) -> list[Bytecode | CompileError]:
+    def build_each(self, requests: Sequence[Request]) -> list[Bytecode | Failure]:
         """Compile requests, in order; those that are not in the cache at the same time, each in a child of its own."""
         try:
             keys = [self._key(request) for request in requests]
         except OSError as error:
-            failure = CompileError(f"no BTF: {error}", remedy="use a kernel with CONFIG_DEBUG_INFO_BTF")
+            failure = UnsupportedError(f"no BTF: {error}", remedy="use a kernel with CONFIG_DEBUG_INFO_BTF")
             return [failure for _ in requests]
-        answers: dict[int, Bytecode | CompileError] = {}
+        answers: dict[int, Bytecode | Failure] = {}
         for number, key in enumerate(keys):
             if (cached := self._read_cache(key)) is not None:
                 answers[number] = cached
@@ -88,11 +92,11 @@ class Compiler:
             answers.update(zip(missing, fresh, strict=True))
         return [answers[number] for number in range(len(requests))]
 
-    def _compile(self, request: Request, key: str) -> Bytecode | CompileError:
+    def _compile(self, request: Request, key: str) -> Bytecode | Failure:
         try:
             text = self._run_child(request)
             answer = _decode(text)
-        except CompileError as error:
+        except (CompileError, UnsupportedError) as error:
             return error
         self._write_cache(key, text)
         return answer
@@ -130,6 +134,10 @@ class Compiler:
                 f"the compile child did not end within {_TIMEOUT_SECONDS} s",
                 remedy="give the daemon more CPU",
             ) from error
+        if child.returncode == LACKING:
+            raise UnsupportedError(
+                f"this kernel's BTF has no {child.stderr.strip()}", remedy="use another mechanism, or kernel"
+            )
         if child.returncode != 0:
             lines = [line for line in child.stderr.strip().splitlines() if line.strip()]
             telling = next(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kptrace.kernel.btf import Btf
+from kptrace.kernel.bytecode import LACKING
 from kptrace.kernel.headers import write_tree
 
 _LD_IMM64 = 0x18
@@ -41,7 +42,8 @@ def resolve(btf: Btf, fact: str) -> int | None:
     except LookupError:
         if optional:
             return None
-        raise
+        sys.stderr.write(f"{fact}\n")
+        sys.exit(LACKING)
     raise ValueError(f"unknown fact {fact!r}")
 
 

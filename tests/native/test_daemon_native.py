@@ -214,14 +214,14 @@ def test_a_kernel_without_btf_is_said(tmp_path: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
-def test_a_missing_bcc_is_said(tmp_path: Path) -> None:
-    """Exit code 4 and the package to install where BCC is not there."""
+@pytest.mark.parametrize("mechanism", ["bracket", "auto"])
+def test_a_missing_bcc_is_said(tmp_path: Path, mechanism: str) -> None:
+    """Exit code 7 and the package to install where BCC is not there."""
     (tmp_path / "bcc.py").write_text("raise ModuleNotFoundError(\"No module named 'bcc'\", name='bcc')\n")
-    run = run_briefly(
-        sys.executable, "-m", "kptrace", "run", "--lookup-mechanism", "bracket", PYTHONPATH=str(tmp_path)
-    )
-    assert run.returncode == 4, run.stderr
-    assert "bcc" in run.stderr
+    argv = [sys.executable, "-m", "kptrace", "run", "--lookup-mechanism", mechanism, "--cache-dir", "none"]
+    run = run_briefly(*argv, "--listen", "127.0.0.1:0", PYTHONPATH=str(tmp_path))
+    assert run.returncode == 7, run.stderr
+    assert "python3-bpfcc" in run.stderr
     assert "Traceback" not in run.stderr
 
 

@@ -135,7 +135,7 @@ def test_the_first_alternative_that_works_is_taken(bench: Bench, start: Callable
         (KernelError("bpf: EPERM", errno=1), "attach_refused"),
         (PrivilegeError("bpf: EPERM"), "attach_refused"),
         (UnsupportedError("no such hook"), "unsupported"),
-        (CompileError("no fact"), "compile_failed"),
+        (CompileError("no bcc"), "compile_failed"),
     ],
 )
 def test_the_next_alternative_follows(
@@ -184,6 +184,15 @@ def test_names_are_shown_only_where_allowed(bench: Bench, start: Callable[..., P
     sections = start(three(bench), status_names=allowed).sections()
     assert sections["lookup names"] is sections["rewrite names"] is allowed
     assert sections["losses"] == {"daemon/callback_failed": 0, "lookup/ring_full": 7, "rewrite/ring_full": 7}
+
+
+def test_a_missing_compiler_is_the_reason(bench: Bench, start: Callable[..., Parts]) -> None:
+    """Where nothing runs for want of BCC, that is the error, and not that the kernel could do nothing."""
+    bench.errors = {
+        "bracket": CompileError("no bcc"), "fentry": UnsupportedError("no"), "tracepoint": CompileError("no bcc")
+    }  # fmt: skip
+    with pytest.raises(CompileError, match="no bcc"):
+        start(three(bench))
 
 
 def test_everything_is_closed_in_reverse_order(bench: Bench, tmp_path: Path) -> None:
