@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lookup signal's mechanisms as parts of the daemon, in the order in which `auto` tries them."""
 
+from kptrace.daemon.loop import Loop
 from kptrace.daemon.part import Node, Part, Running
 from kptrace.daemon.settings import Settings
 from kptrace.dataplanes.installed import InstalledChains
@@ -10,6 +11,28 @@ from kptrace.model.rewrite import Rewrite
 from kptrace.signals.lookup import LookupSignal, Options
 from kptrace.signals.lookup_kernel import REQUEST, LookupKernel
 from kptrace.signals.rewrite_reduce import BASE_CHAINS
+
+
+class _Follow:
+    """Looks for base chains that came or went, once after any number of rewrites: a flood of them plans nothing twice."""
+
+    def __init__(self, loop: Loop, lookup: LookupSignal, chains: InstalledChains) -> None:
+        self._loop = loop
+        self._lookup = lookup
+        self._chains = chains
+        self._due = False
+
+    def __call__(self, rewrite: Rewrite) -> None:
+        """A rewrite was committed."""
+        if rewrite.dataplane is not DataPlane.IPTABLES_LEGACY and BASE_CHAINS not in rewrite.details:
+            self._chains.acknowledge(rewrite.generation)
+        elif not self._due:
+            self._due = True
+            self._loop.call_later(0.0, self._look)
+
+    def _look(self) -> None:
+        self._due = False
+        self._lookup.notice_rewrite()
 
 
 def _start_bracket(node: Node, code: Bytecode) -> Running:
@@ -24,14 +47,7 @@ def _start_bracket(node: Node, code: Bytecode) -> Running:
     node.identity.subscribe(lookup.set_identity)
     lookup.set_identity(node.identity.snapshot())
 
-    def follow(rewrite: Rewrite) -> None:
-        # Only where base chains may have come or gone: planning anew reads all of them.
-        if rewrite.dataplane is not DataPlane.IPTABLES_LEGACY and BASE_CHAINS not in rewrite.details:
-            chains.acknowledge(rewrite.generation)
-        else:
-            lookup.tick()
-
-    node.committed.append(follow)
+    node.committed.append(_Follow(node.loop, lookup, chains))
     return lookup
 
 
