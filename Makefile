@@ -77,7 +77,7 @@ golden: setup ## Rewrite the golden files from what the code says now; review th
 
 .PHONY: bench
 bench: setup ## Measure what kptrace costs and write docs/overhead.md (ARGS=--check)
-	$(STEP) "benchmark" $(BIN)/python tools/bench.py $(ARGS)
+	$(STEP) "benchmark" $(BIN)/python tools/bench $(ARGS)
 
 .PHONY: acceptance
 acceptance: setup ## The long demonstrations, as root (PART=name for one)

@@ -18,11 +18,11 @@ static void drain(int sink)
 {
 	static char bytes[BATCH];
 	struct iovec vectors[BATCH];
-	struct mmsghdr messages[BATCH] = { 0 };
+	struct mmsghdr messages[BATCH] = {0};
 
 	for (int i = 0; i < BATCH; i++) {
-		vectors[i] = (struct iovec){ .iov_base = &bytes[i], .iov_len = 1 };
-		messages[i].msg_hdr = (struct msghdr){ .msg_iov = &vectors[i], .msg_iovlen = 1 };
+		vectors[i] = (struct iovec){.iov_base = &bytes[i], .iov_len = 1};
+		messages[i].msg_hdr = (struct msghdr){.msg_iov = &vectors[i], .msg_iovlen = 1};
 	}
 	while (recvmmsg(sink, messages, BATCH, MSG_DONTWAIT, NULL) == BATCH)
 		;
@@ -41,18 +41,18 @@ int main(int argc, char **argv)
 	long count = argc > 2 ? atol(argv[2]) : 0;
 	struct timespec begin;
 	int udp = socket(AF_INET, SOCK_DGRAM, 0), sink = socket(AF_INET, SOCK_DGRAM, 0);
-	struct sockaddr_in to = { .sin_family = AF_INET, .sin_port = htons(PORT) };
-	struct iovec byte = { .iov_base = "k", .iov_len = 1 };
-	struct msghdr message = { .msg_name = &to, .msg_namelen = sizeof(to), .msg_iov = &byte, .msg_iovlen = 1 };
+	struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(PORT)};
+	struct iovec byte = {.iov_base = "k", .iov_len = 1};
+	struct msghdr message = {.msg_name = &to, .msg_namelen = sizeof(to), .msg_iov = &byte, .msg_iovlen = 1};
 	long failed = 0;
 
 	if (count <= 0 || udp < 0) {
-		fprintf(stderr, "usage: bench_loops sendto|sendmsg|getppid COUNT\n");
+		fprintf(stderr, "usage: loops sendto|sendmsg|getppid COUNT\n");
 		return 2;
 	}
 	to.sin_addr.s_addr = htonl(INADDR_LOOPBACK + 4);
 	if (bind(sink, (struct sockaddr *)&to, sizeof(to))) {
-		perror("bench_loops: bind");
+		perror("loops: bind");
 		return 1;
 	}
 	clock_gettime(CLOCK_MONOTONIC, &begin);
