@@ -25,7 +25,7 @@
 #define SO_SET_REPLACE 64
 #define REPLACE_BYTES 92 /* struct ipt_replace up to num_counters, the same for both families */
 #define MAX_RUNNING 1024
-#define RING_PAGES 128
+#define RING_PAGES 256
 #define VECTORS 4
 #define ANSWERS 16
 #define NO_WAKEUP 1
@@ -209,13 +209,11 @@ int enter_sendmsg(u64 *ctx)
 	return enter_message(ctx, 0);
 }
 
-/* sendmmsg(fd, messages, count, flags): the first message speaks for all. */
+/* sendmmsg(fd, messages, count, flags): the first message speaks for all. The result counts messages, so that even of a
+ * single one nobody knows whether the copy has all its bytes. */
 int enter_sendmmsg(u64 *ctx)
 {
-	u64 count;
-
-	KPT_LOAD64(count, ctx, 32);
-	return enter_message(ctx, (u32)count > 1 ? FLAG_SEVERAL : 0);
+	return enter_message(ctx, FLAG_SEVERAL);
 }
 
 /* setsockopt(fd, level, option, value, length) */
@@ -320,18 +318,6 @@ static __always_inline u64 copy_batch(struct rewrite_record *record, u64 base, u
 	return copied;
 }
 
-static __always_inline void task_parents(u64 task, u32 *parents)
-{
-	u64 tgid;
-
-#pragma unroll
-	for (int i = 0; i < PARENTS; i++) {
-		KPT_FOLLOW(u64, task, task, KPT_TASK, KPT_TASK_PARENT);
-		KPT_FOLLOW(u32, tgid, task, KPT_TASK, KPT_TASK_TGID);
-		parents[i] = tgid;
-	}
-}
-
 static __always_inline void fill(struct rewrite_record *record, struct started *started, u64 now)
 {
 	struct rewrite_head *head = &record->head;
@@ -412,7 +398,7 @@ int process_exec(u64 *ctx)
 {
 	u64 binary, name, task = bpf_get_current_task(), value;
 	struct process_record record = {};
-	u32 parents[PARENTS] = {};
+	u32 parents[KPT_PARENTS] = {};
 
 	record.kind = KIND_EXEC;
 	record.tgid = bpf_get_current_pid_tgid() >> 32;

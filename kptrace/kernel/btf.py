@@ -87,16 +87,29 @@ class Btf:
     def function_args(self, name: str) -> int | None:
         """Number of a function's named parameters; None if there is no such function."""
         try:
-            prototype = self.type(self.type(self.func_id(name)).value)
+            return len(self.function_pointers(name))
         except BtfMissing:
             return None
+
+    def function_pointers(self, name: str) -> tuple[str, ...]:
+        """What a function's named parameters point to: the structure's name, or nothing for void and for numbers.
+
+        Raises:
+            BtfMissing: there is no such function.
+        """
+        prototype = self.type(self.type(self.func_id(name)).value)
         if prototype.kind is not Kind.FUNC_PROTO:
             raise BtfError(f"corrupt BTF: the function {name} has no prototype")
         words, at = self._index.locate(prototype.id)
-        # "..." is a last parameter without name and type.
-        last = at + 1 + 2 * prototype.vlen
-        variadic = prototype.vlen and not any(words[last : last + 2])
-        return prototype.vlen - bool(variadic)
+        parameters = [tuple(words[at + 3 + 2 * n : at + 5 + 2 * n]) for n in range(prototype.vlen)]
+        if parameters and not any(parameters[-1]):
+            parameters.pop()  # "..." is a last parameter without name and type
+        return tuple(self._pointed_to(type_id) for _, type_id in parameters)
+
+    def _pointed_to(self, type_id: int) -> str:
+        pointer = self.strip(type_id)
+        target = self.strip(pointer.value) if pointer.kind is Kind.PTR else None
+        return target.name if target and target.kind in (*_AGGREGATES, Kind.FWD) else ""
 
     def enum_value(self, enumerator: str) -> int:
         """Value of an enumerator of any enum.

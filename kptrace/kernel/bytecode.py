@@ -3,7 +3,8 @@
 
 The compiler leaves holes: references to maps (by name) and to the value of a map that has only one (by placeholder
 immediate, since BCC cannot say it), calls of kernel functions (by placeholder helper number, since BCC cannot call
-kfuncs), and constants that differ per instance (by placeholder immediate).
+kfuncs), constants that differ per instance (by placeholder immediate), and loads at offsets that are not known when the
+compiler runs (by placeholder offset).
 """
 
 import struct
@@ -23,6 +24,7 @@ _CALL = 0x85
 _MOV64_K, _MOV32_K = 0xB7, 0xB4
 _MOV64_X, _MOV32_X = 0xBF, 0xBC
 _ADD64_K = 0x07
+_LOADS = (0x61, 0x69, 0x71, 0x79)  # of 4, 2, 1 and 8 bytes
 _PSEUDO_MAP_FD = 1
 _PSEUDO_KFUNC_CALL = 2
 _PSEUDO_MAP_VALUE = 2
@@ -32,6 +34,7 @@ KFUNC_BASE = 0x7FFF0001
 CONSTANT_BASE = 0x7ABC1000
 VALUE_BASE = 0x7ABC2000
 LOW32_MARK = 0x7ABC0001
+FIELD_BASE = 0x7A00
 
 
 #: Exit code of a compile child that found the BTF without something that the request needs.
@@ -67,6 +70,7 @@ def link(
     kfuncs: Mapping[int, int] | None = None,
     constants: Mapping[int, int] | None = None,
     values: Mapping[int, str] | None = None,
+    fields: Mapping[int, int] | None = None,
 ) -> bytes:
     """Fill the holes of one function.
 
@@ -76,11 +80,12 @@ def link(
         kfuncs: placeholder number (0, 1, ...) to BTF id of the kernel function.
         constants: placeholder number to the 32-bit value to put in.
         values: placeholder number to the name of the one-element array map whose value is meant.
+        fields: placeholder number to the offset to load from.
 
     Raises:
         CompileError: a hole has no filling.
     """
-    kfuncs, constants, values = kfuncs or {}, constants or {}, values or {}
+    kfuncs, constants, values, fields = kfuncs or {}, constants or {}, values or {}, fields or {}
     code = bytearray(function.code)
     for index in range(len(code) // 8):
         at = index * 8
@@ -99,6 +104,8 @@ def link(
         elif op in (_MOV64_K, _MOV32_K, _LD_IMM64) and CONSTANT_BASE <= imm < CONSTANT_BASE + 64:
             value = _filling(constants, imm - CONSTANT_BASE, "constant")
             _INSN.pack_into(code, at, op, regs, off, value - (1 << 32) if value >= 1 << 31 else value)
+        elif op in _LOADS and FIELD_BASE <= off < FIELD_BASE + 64:
+            _INSN.pack_into(code, at, op, regs, _filling(fields, off - FIELD_BASE, "field"), imm)
         elif op == _ADD64_K and imm == LOW32_MARK:
             # A 32-bit register move turns a kernel pointer into a scalar, which pointer arithmetic may not. BCC's
             # default target has no such instruction, so the source marks the 64-bit move before this addition.

@@ -17,6 +17,7 @@ _LICENCE = b"GPL"
 class ProgramType(IntEnum):
     """`enum bpf_prog_type`, as far as kptrace uses it."""
 
+    KPROBE = 2
     TRACEPOINT = 5
     RAW_TRACEPOINT = 17
     TRACING = 26
@@ -29,6 +30,7 @@ class AttachType(IntEnum):
     NONE = 0
     TRACE_FENTRY = 24
     TRACE_FEXIT = 25
+    PERF_EVENT = 41
     NETFILTER = 45
 
 
@@ -42,6 +44,14 @@ def load_program(
     attach_fd: int = 0,
 ) -> int:
     """Load one program and return its descriptor, closed on exec.
+
+    Args:
+        name: for people.
+        code: instructions.
+        kind: what the kernel will run it for.
+        attach_type: where, for the kinds that need it.
+        attach_btf_id: the function that a tracing program is for.
+        attach_fd: the BTF of that function's module (`btf_object`), or the BPF program that has it; 0 for the kernel's own.
 
     The verifier's log is asked for only when the kernel refused the program: writing it makes a load many times slower.
 

@@ -4,12 +4,10 @@
 A reason is what the probe saw (system call and errno, file and content), never an inference from it.
 """
 
-import ctypes
 import errno
 import gzip
 import os
 import re
-import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from kptrace.kernel import syscall
+from kptrace.kernel.attach import open_kprobe
 from kptrace.kernel.btf import Btf, BtfError
 from kptrace.kernel.capabilities import Capability, effective_capabilities, missing_capabilities
 from kptrace.kernel.host import Host
@@ -26,7 +25,6 @@ from kptrace.model.errors import KernelError, PrivilegeError
 
 # Passing trouble of this process or node: it says nothing about the kernel.
 _PASSING = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.EBUSY})
-_PERF_FLAG_FD_CLOEXEC = 8
 
 
 class State(StrEnum):
@@ -80,21 +78,6 @@ def load(
         return load_program("kptrace_probe", code, kind, attach_type, attach_btf_id=attach_btf_id)
     except PrivilegeError as error:
         raise KernelError(str(error), errno=errno.EPERM) from error
-
-
-def open_kprobe(pmu: int, function: str) -> int:
-    """perf_event_open(2) of a kprobe at the entry of a function, counting, no program attached."""
-    name = ctypes.create_string_buffer(function.encode())
-    # struct perf_event_attr: type, size, config, period, two formats, flags, wakeup and bp_type, config1, config2.
-    attr = struct.pack("<IIQQQQQIIQQ", pmu, 128, 0, 0, 0, 0, 0, 0, 0, ctypes.addressof(name), 0) + bytes(56)
-    return syscall.syscall(
-        "perf_event_open",
-        ctypes.create_string_buffer(attr, len(attr)),
-        ctypes.c_int(-1),
-        ctypes.c_int(0),
-        ctypes.c_int(-1),
-        ctypes.c_ulong(_PERF_FLAG_FD_CLOEXEC),
-    )
 
 
 def find_tracefs(host: Host) -> str:

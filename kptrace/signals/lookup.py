@@ -17,14 +17,14 @@ from kptrace.model.signal import MechanismState
 from kptrace.signals.lookup_families import SPECS, Published, bracket_families, own_families, status_rows
 from kptrace.signals.lookup_floor import measure_floor
 from kptrace.signals.lookup_follow import BracketFollower, Chains
+from kptrace.signals.lookup_govern import Costs, OverheadGovernor
 from kptrace.signals.lookup_kernel import LookupKernel
 from kptrace.signals.lookup_plan import Boundary
 from kptrace.signals.lookup_services import CELL_BYTES, PLANES, SERVICE_SPEC, ServiceNumbers, ServiceTop
-from kptrace.signals.sampling import Governor, Sampling
+from kptrace.signals.sampling import Sampling
 
-#: What `make bench` measured on the reference machine (docs/overhead.md): the governor's estimate of cost per packet.
-SAMPLED_NS = 130.0
-UNSAMPLED_NS = 20.0
+#: What `make bench` measured on the reference machine.
+COSTS = Costs(sampled=130.0, unsampled=20.0)
 TICK_SECONDS = 0.5
 GOVERN_SECONDS = 1.0
 TOP_SECONDS = 10.0
@@ -74,10 +74,7 @@ class LookupSignal:
         self._follower = BracketFollower(kernel, netns, chains, with_nfqueue=options.with_nfqueue)
         self._services = ServiceNumbers()
         self._top = ServiceTop()
-        self._governor = Governor(options.sampling, options.budget or float("inf"))
-        self._opened = (0, 0)
-        self._governed_at = clock()
-        self._overhead = 0.0
+        self._governor = OverheadGovernor(options.sampling, options.budget, COSTS, clock)
         self._floor: float | None = None
         self._closed = False
         self._published = Published(self._follower.state)
@@ -123,20 +120,15 @@ class LookupSignal:
     def _govern(self) -> None:
         if self._closed:
             return
-        now, opened = self._clock(), self._kernel.opened()
-        elapsed = max(now - self._governed_at, 1e-3)
-        first, rest = (new - old for new, old in zip(opened, self._opened, strict=True))
-        self._governed_at, self._opened = now, opened
-        sampling = self._governor.sampling()
-        skipped = rest * (sampling.rest - 1) + first * (sampling.first - 1)
-        self._overhead = ((first + rest) * SAMPLED_NS + skipped * UNSAMPLED_NS) / 1e9 / elapsed
-        before, self._governor = self._governor, self._governor.step(self._overhead)
-        if self._governor.factor != before.factor:
+        attached = self._governor.attached
+        if self._governor.step(self._kernel.opened()):
             self._log.warning(
-                "sampling_changed", factor=self._governor.factor, overhead=round(self._overhead, 5)
+                "sampling_changed",
+                factor=self._governor.factor,
+                overhead=round(self._governor.overhead, 5),
             )
             self._arm()
-            if self._governor.attached != before.attached:
+            if self._governor.attached != attached:
                 self.notice_rewrite()
         self._publish()
 
@@ -150,14 +142,13 @@ class LookupSignal:
 
     def _publish(self) -> None:
         attached = self._governor.attached and bool(self._follower.boundaries)
-        sampling = self._governor.sampling()
         self._published = Published(
             self._follower.state,
             self._follower.labels,
             self._follower.plan,
             self._floor,
-            (1 / sampling.first, 1 / sampling.rest) if attached else (0.0, 0.0),
-            self._overhead,
+            self._governor.ratios() if attached else (0.0, 0.0),
+            self._governor.overhead,
             self._options.budget,
             self._follower.replans,
             self._services.refused,

@@ -16,12 +16,9 @@ from kptrace.kernel.host import Host
 from kptrace.kernel.load import AttachType, ProgramType, load_program
 from kptrace.kernel.maps import Map
 from kptrace.model.netfilter import IpFamily
-from kptrace.signals.sampling import Sampling
+from kptrace.signals.lookup_maps import LookupMaps
 
 NO_BRACKET = 0xFFFFFFFF
-_CONFIG = struct.Struct("=QQQ")
-_CPU = struct.Struct("=QQQ")
-_FIRST = struct.pack("=I", 0)
 #: Maps whose only value the programs address directly, in the order of bpf/lookup.bpf.c.
 VALUES = {0: "config", 1: "slots", 2: "counts"}
 
@@ -58,20 +55,16 @@ class BoundaryProgram:
     plane: int
 
 
-class LookupKernel:
+class LookupKernel(LookupMaps):
     """Maps and programs in the kernel; everything goes away with `close`, or with the process."""
 
     def __init__(self, bytecode: Bytecode, host: Host = Host()) -> None:
         """Make the maps; nothing is attached yet."""
-        self._cpus = host.possible_cpus()
-        self._code = bytecode
+        super().__init__(bytecode, host)
         self._kfuncs = {
             0: bytecode.values["KPT_KFUNC_DYNPTR_FROM_SKB"],
             1: bytecode.values["KPT_KFUNC_RDONLY_CAST"],
         }
-        self._maps = {name: Map(spec) for name, spec in bytecode.maps.items()}
-        self._fds = {name: each.fd for name, each in self._maps.items()}
-        self._attached: list[int] = []
         self._installed: dict[tuple[IpFamily, bytes], int] = {}
 
     def attach_drops(self) -> None:
@@ -104,20 +97,6 @@ class LookupKernel:
         finally:
             os.close(fd)  # the link holds it
 
-    def configure(self, *, armed: bool, sampling: Sampling) -> None:
-        """Switch counting on or off and set the sampling for every program at once."""
-        first, rest = sampling.thresholds()
-        self._maps["config"].memory()[: _CONFIG.size] = _CONFIG.pack(int(armed), first, rest)
-
-    def memory(self, name: str) -> memoryview:
-        """A map's values, live."""
-        return memoryview(self._maps[name].memory())
-
-    def opened(self) -> tuple[int, int]:
-        """About how many sampled first packets, and how many others, ever opened a bracket: for estimates of cost."""
-        values = [_CPU.unpack(value) for value in self._maps["cpus"].lookup_per_cpu(_FIRST, self._cpus)]
-        return sum(first for _, first, _ in values), sum(rest for _, _, rest in values)
-
     def set_services(self, wanted: Mapping[tuple[IpFamily, bytes], int]) -> None:
         """Make the maps of Service addresses hold exactly this: address key to service number."""
         for key in self._installed.keys() - wanted.keys():
@@ -130,14 +109,3 @@ class LookupKernel:
 
     def _service_map(self, family: IpFamily) -> Map:
         return self._maps["services4" if family is IpFamily.IPV4 else "services6"]
-
-    def map_bytes(self) -> int:
-        """Size of all maps' values, for the memory budget."""
-        return sum(each.spec.value_size * each.spec.max_entries for each in self._maps.values())
-
-    def close(self) -> None:
-        """Detach and free. Idempotent."""
-        while self._attached:
-            os.close(self._attached.pop())
-        for each in self._maps.values():
-            each.close()

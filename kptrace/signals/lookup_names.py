@@ -13,7 +13,7 @@ NAME_BYTES: Final = 64
 #: Names of one bracket's members that are told apart; a bracket of more chains has them under `~other`.
 MAX_MEMBERS: Final = 32
 
-_KUBE_PROXY_TABLE: Final = "kube-proxy"
+KUBE_PROXY_TABLE: Final = "kube-proxy"
 _FOLDED: Final[Name] = (OTHER, OTHER)
 
 
@@ -21,7 +21,7 @@ def is_known(chain: BaseChain) -> bool:
     """Whether its name is one that the number of names need not be bounded for: kube-proxy's and iptables' own."""
     return (
         chain.dataplane in (DataPlane.IPTABLES_NFT, DataPlane.IPTABLES_LEGACY)
-        or chain.table == _KUBE_PROXY_TABLE
+        or chain.table == KUBE_PROXY_TABLE
     )
 
 

@@ -123,7 +123,8 @@ def read_process(proc: Path, tgid: int, host_mntns: int = 0) -> ProcessRun | Non
 def cgroup_path(proc: Path, tgid: int) -> str:
     """The process's cgroup, as the unified hierarchy or systemd's own has it; empty if it is gone or in the root."""
     try:
-        lines = (proc / str(tgid) / "cgroup").read_text(errors="backslashreplace").splitlines()
+        # Of bytes, and at newlines only: a cgroup's name may hold every other character that ends lines in Python.
+        lines = (proc / str(tgid) / "cgroup").read_bytes().decode(errors="backslashreplace").split("\n")
     except OSError:
         return ""
     paths = {name: path for _, name, path in (line.split(":", 2) for line in lines if line.count(":") >= 2)}

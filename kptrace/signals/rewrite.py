@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
 
 import structlog
 
@@ -20,6 +19,7 @@ from kptrace.model.metrics import MetricFamily, MetricSpec, Sample
 from kptrace.model.rewrite import Outcome, Rewrite
 from kptrace.model.signal import MechanismState, State
 from kptrace.signals import rewrite_metrics as metrics
+from kptrace.signals.eventloop import EventLoop
 from kptrace.signals.processes import ProcessTable, cgroup_path, read_process
 from kptrace.signals.rewrite_generation import GenerationWatch
 from kptrace.signals.rewrite_kernel import RewriteKernel
@@ -31,26 +31,6 @@ from kptrace.signals.rewrite_running import RunningRewrites
 from kptrace.signals.writers import WriterRule, Writers
 
 TICK_SECONDS = 0.5
-
-
-class EventLoop(Protocol):
-    """The part of the daemon's loop that the signal needs."""
-
-    def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
-        """Call when readable."""
-        ...
-
-    def remove_reader(self, fd: int) -> None:
-        """Stop that."""
-        ...
-
-    def call_later(self, seconds: float, callback: Callable[[], None]) -> object:
-        """Call once."""
-        ...
-
-    def call_every(self, seconds: float, callback: Callable[[], None]) -> object:
-        """Call again and again."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +133,12 @@ class RewriteSignal:
         sees = "generation" if self._kernel.knows_generation else "one bit of the generation"
         self._state = self._row(State.ACTIVE, "ok", f"outcome by {sees} and the sender's own socket")
         self.tick()
+
+    def processes(self) -> ProcessTable:
+        """Who runs, up to now. For the loop's thread, and not from within `on_commit`."""
+        if not self._closed:
+            self._consume_records()
+        return self._processes
 
     def _open_socket(self) -> NfnetlinkSocket | None:
         try:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from kptrace.model.rewrite import Outcome
 
 _WRAP = 0xFFFFFFFF
+_BACKWARDS = 1 << 31
 
 
 class GenerationWatch:
@@ -54,7 +55,9 @@ class GenerationWatch:
             return 0
         missing = 0
         if self._anchor is not None:
-            missing = max(0, ((before - self._anchor) & _WRAP) - self._explained)
+            moved = (before - self._anchor) & _WRAP
+            if moved < _BACKWARDS:  # otherwise it began anew: the module was loaded again
+                missing = max(0, moved - self._explained)
         self._anchor, self._explained = before, 0
         self.untraced += missing
         return missing

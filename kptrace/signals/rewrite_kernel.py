@@ -14,37 +14,14 @@ from kptrace.kernel.events import RingBuffer
 from kptrace.kernel.load import ProgramType, load_program
 from kptrace.kernel.maps import Map
 from kptrace.kernel.tracefs import Tracefs
+from kptrace.signals.task_facts import TASK_FACTS, kfuncs
 
 REQUEST = Request(
     "rewrite.bpf.c",
     facts={
-        "KPT_KFUNC_RDONLY_CAST": "?func:bpf_rdonly_cast",
-        "KPT_TASK": "struct:task_struct",
-        "KPT_TASK_NSPROXY": "offset:task_struct:nsproxy",
-        "KPT_TASK_PARENT": "offset:task_struct:real_parent",
-        "KPT_TASK_TGID": "offset:task_struct:tgid",
-        "KPT_TASK_FILES": "offset:task_struct:files",
-        "KPT_NSPROXY": "struct:nsproxy",
-        "KPT_NSPROXY_NET": "offset:nsproxy:net_ns",
-        "KPT_NSPROXY_MNT": "offset:nsproxy:mnt_ns",
-        "KPT_NET": "struct:net",
-        "KPT_NET_INUM": "offset:net:ns.inum",
+        **TASK_FACTS,
         "KPT_NET_BASE_SEQ": "?offset:net:nft.base_seq",
         "KPT_NET_GENCURSOR": "?offset:net:nft.gencursor",
-        "KPT_MNT": "struct:mnt_namespace",
-        "KPT_MNT_INUM": "offset:mnt_namespace:ns.inum",
-        "KPT_FILES": "struct:files_struct",
-        "KPT_FILES_FDT": "offset:files_struct:fdt",
-        "KPT_FDTABLE": "struct:fdtable",
-        "KPT_FDTABLE_MAX": "offset:fdtable:max_fds",
-        "KPT_FDTABLE_FD": "offset:fdtable:fd",
-        "KPT_FILE": "struct:file",
-        "KPT_FILE_INODE": "offset:file:f_inode",
-        "KPT_FILE_PRIVATE": "offset:file:private_data",
-        "KPT_INODE": "struct:inode",
-        "KPT_INODE_MODE": "offset:inode:i_mode",
-        "KPT_SOCKET": "struct:socket",
-        "KPT_SOCKET_SK": "offset:socket:sk",
         "KPT_SOCK": "struct:sock",
         "KPT_SOCK_FAMILY": "offset:sock:__sk_common.skc_family",
         "KPT_SOCK_NET": "offset:sock:__sk_common.skc_net.net",
@@ -54,7 +31,6 @@ REQUEST = Request(
         "KPT_SKB": "struct:sk_buff",
         "KPT_SKB_PREV": "offset:sk_buff:prev",
         "KPT_SKB_DATA": "offset:sk_buff:data",
-        "KPT_PT_REGS": "struct:pt_regs",
         "KPT_BINPRM": "struct:linux_binprm",
         "KPT_BINPRM_FILENAME": "offset:linux_binprm:filename",
     },
@@ -138,12 +114,7 @@ class RewriteKernel:
                 os.close(fd)
 
     def _load(self, name: str, kind: ProgramType) -> int:
-        kfunc = self._code.values.get("KPT_KFUNC_RDONLY_CAST")
-        code = link(
-            self._code.functions[name],
-            map_fds=self._fds,
-            kfuncs={0: kfunc} if kfunc is not None else {},
-        )
+        code = link(self._code.functions[name], map_fds=self._fds, kfuncs=kfuncs(self._code.values))
         return load_program(name, code, kind)
 
     def _hook(self, program: int, tracefs: Tracefs, name: str) -> None:

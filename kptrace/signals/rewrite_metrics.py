@@ -1,21 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rewrite signal's families, and the counts behind them. Written by the loop's thread, read by scrapes."""
 
-import math
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
 from threading import Lock
 from typing import Final
 
-from kptrace.model.metrics import HistogramSample, MetricFamily, MetricSpec, Sample
+from kptrace.model.metrics import MetricFamily, MetricSpec, Sample
 from kptrace.model.rewrite import Outcome, Rewrite
+from kptrace.signals.durations import Histogram
 from kptrace.signals.rewrite_labels import TableNames
-
-#: Edges in seconds, 10 us to 30 min: 16 with +Inf.
-REWRITE_LADDER: Final = (
-    1e-5, 1e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 0.25, 1.0, 5.0, 30.0, 300.0, 1800.0,
-)  # fmt: skip
 
 DURATION = MetricSpec(
     "kptrace_rewrite_duration_seconds",
@@ -69,27 +63,6 @@ ELSEWHERE = MetricSpec(
 SPECS: Final = (DURATION, OBJECTS, TRUNCATED, RULESET, EXACT, GENERATION, RUNNING, ELSEWHERE)
 
 _Labels = tuple[str, ...]
-
-
-class Histogram:
-    """Counts on `REWRITE_LADDER`, an edge belonging to its bucket."""
-
-    def __init__(self) -> None:
-        self._counts = [0] * (len(REWRITE_LADDER) + 1)
-        self._sum_ns = 0
-
-    def add(self, duration_ns: int) -> None:
-        """Count one duration."""
-        self._counts[bisect_left(REWRITE_LADDER, duration_ns / 1e9)] += 1
-        self._sum_ns += duration_ns
-
-    def sample(self, labels: _Labels) -> HistogramSample:
-        """The present state."""
-        buckets, total = [], 0
-        for edge, count in zip((*REWRITE_LADDER, math.inf), self._counts, strict=True):
-            total += count
-            buckets.append((edge, total))
-        return HistogramSample(labels, tuple(buckets), self._sum_ns / 1e9)
 
 
 class RewriteCounts:

@@ -2,6 +2,7 @@
 """Sizes of the installed rules: an inventory kept up by batches, dumped anew, in slices, where they tell too little."""
 
 import errno
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,12 +68,8 @@ class RulesetObjects:
         self._least = least_seconds
         self._clock = clock
         self._log = structlog.get_logger(signal="rewrite")
-        self._channel = None
-        try:
-            with netns.enter():
-                self._channel = open_channel()
-        except OSError as error:
-            self._log.warning("no_nfnetlink", error=str(error))
+        self._channel: socket.socket | None = None
+        self._open_channel()
         self._inventory: Inventory | None = None
         self._dumped_ns = (0, 0)
         self._entries: dict[tuple[IpFamily, str], int] = {}
@@ -84,6 +81,17 @@ class RulesetObjects:
         self._closed = False
         self._rows: dict[Row, int] | None = None
         self.dumps = 0
+
+    def _open_channel(self) -> None:
+        """Open the socket, anew: the kernel goes on with a dump that was given up, and refuses others till its end."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        try:
+            with self._netns.enter():
+                self._channel = open_channel()
+        except OSError as error:
+            self._log.warning("no_nfnetlink", error=str(error))
 
     @property
     def exact(self) -> bool:
@@ -179,6 +187,7 @@ class RulesetObjects:
             self.dumps += 1
         else:
             self._due = now + max(RETRY_SECONDS, self._cost / (4 * COST_SHARE))
+            self._open_channel()
         self._dump = None
 
     def _read_legacy(self) -> None:

@@ -123,13 +123,15 @@ def decode(data: bytes) -> Transaction | Exec | Exit | None:
     return None
 
 
-def _transaction(data: bytes) -> Transaction:
+def _transaction(data: bytes) -> Transaction | None:
     (
         kind, tgid, tid, flags, begin, end, result, cgroup, netns, task_netns, mntns,
         sequence_begin, sequence_end, queued_begin, queued_end, error,
         *parents, comm, size, tail, copied, _,
     ) = HEAD.unpack_from(data)  # fmt: skip
     copy = data[HEAD.size : HEAD.size + copied]
+    if len(copy) < copied:
+        return None
     # A vector's size is known from the syscall's result only.
     whole = size or (result if result > 0 else len(copy))
     return Transaction(

@@ -102,7 +102,7 @@ class Writers:
     @property
     def names(self) -> tuple[str, ...]:
         """All classes that there can be."""
-        return (*dict.fromkeys(rule.name for rule in self._rules), OTHER)
+        return tuple(dict.fromkeys((*(rule.name for rule in self._rules), OTHER)))
 
     def classify(
         self,

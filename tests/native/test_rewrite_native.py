@@ -94,7 +94,9 @@ def test_every_send_is_seen(watch: Watch, namespace: Namespace, how: str) -> Non
     assert bench.outcomes(table=how, family="ipv4", dataplane="nftables") == {"committed": 1}
     bench.settle()
     assert bench.lost("untraced_commit") == 0
-    assert bench.value("kptrace_ruleset_objects_exact") == 1
+    # At once, but for sendmmsg, whose result does not say whether the copy is whole: there the sizes are read again.
+    assert how == "sendmmsg" or bench.value("kptrace_ruleset_objects_exact") == 1
+    bench.until(lambda: bench.value("kptrace_ruleset_objects_exact") == 1)
 
 
 @pytest.mark.parametrize("how", batches.UNSEEN)
@@ -438,19 +440,24 @@ def test_a_long_rewrite_is_seen_while_it_runs(watch: Watch, namespace: Namespace
         f"add rule ip t c ip daddr 10.0.{n // 256}.{n % 256} tcp dport 80 counter\n" for n in range(20_000)
     )
     path.write_text(f"add table ip t\nadd chain ip t c\n{rules}")
-    process = namespace.popen([str(program(tmp_path, "kube-proxy"))], stdin=True)
-    assert process.stdin
-    process.stdin.write(path.read_text())
-    process.stdin.close()
-    seen = []
-    while process.poll() is None:
-        bench.settle()
-        seen.append(bench.value("kptrace_rewrite_running_seconds", writer="kube-proxy"))
+    kube_proxy = str(program(tmp_path, "kube-proxy"))
+    rounds, longest = 0, 0.0
+    # It takes a tenth of a second; on a busy machine the test may sleep through that.
+    while not longest and rounds < 5:
+        rounds += 1
+        tool(namespace, ["nft", "flush", "ruleset"])
+        process = namespace.popen([kube_proxy], stdin=True)
+        assert process.stdin
+        process.stdin.write(path.read_text())
+        process.stdin.close()
+        while process.poll() is None:
+            bench.settle()
+            longest = max(longest, bench.value("kptrace_rewrite_running_seconds", writer="kube-proxy"))
     bench.settle()
-    assert max(seen) > 0
+    assert longest > 0
     assert bench.value("kptrace_rewrite_running_seconds") == 0
-    assert bench.outcomes(writer="kube-proxy") == {"committed": 1}
-    assert bench.value("kptrace_rewrite_truncated_total", dataplane="nftables") == 1
+    assert bench.outcomes(writer="kube-proxy") == {"committed": rounds}
+    assert bench.value("kptrace_rewrite_truncated_total", dataplane="nftables") == rounds
     bench.until(lambda: bench.value("kptrace_ruleset_objects_exact") == 1)
     assert bench.value("kptrace_ruleset_objects", table="t", object="rule") == 20_000
 

@@ -3,11 +3,12 @@
 #ifndef KPTRACE_REWRITE_H
 #define KPTRACE_REWRITE_H
 
+#include <kptrace/task.h>
+
 #define COPY_BYTES 4096
 #define TAIL_BYTES 20
 #define COMM_BYTES 16
 #define NAME_WORDS 16
-#define PARENTS 4
 
 enum { KIND_FLAT = 1, KIND_VECTOR = 2, KIND_REPLACE4 = 3, KIND_REPLACE6 = 4, KIND_EXEC = 5, KIND_EXIT = 6 };
 enum { FLAG_UNSURE = 1, FLAG_UNREAD = 2, FLAG_SEVERAL = 4, FLAG_TAIL = 8, FLAG_OVERLAP = 16 };
@@ -50,7 +51,7 @@ struct rewrite_head {
 	u32 queued_begin;
 	u32 queued_end;
 	s32 error; /* of the newest NLMSG_ERROR with one, or 0 */
-	u32 parents[PARENTS];
+	u32 parents[KPT_PARENTS];
 	char comm[COMM_BYTES];
 	u32 size; /* as the caller gave it where it is not a vector */
 	u8 tail[TAIL_BYTES];

@@ -29,6 +29,7 @@ static void *(*rdonly_cast)(u64 pointer, u32 type) = (void *)0x7fff0001; /* kfun
 
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
+#define KPT_PARENTS 4
 
 /* struct pt_regs begins with 16 words on every machine: a view of any memory as words. */
 #define KPT_WORD(to, from, index) KPT_FOLLOW(u64, to, from, KPT_PT_REGS, (index)*8)
@@ -53,10 +54,23 @@ static __always_inline u32 task_mntns(u64 task)
 	return inode;
 }
 
-/* The struct sock behind a descriptor of the running task, or 0. */
-static __always_inline u64 task_socket(u64 descriptor)
+/* Tgids of the parent, the grandparent and so on, as they are now. */
+static __always_inline void task_parents(u64 task, u32 *parents)
 {
-	u64 number = (u32)descriptor, files, table, most, array, file, inode, mode, sock, sk;
+	u64 tgid;
+
+#pragma unroll
+	for (int i = 0; i < KPT_PARENTS; i++) {
+		KPT_FOLLOW(u64, task, task, KPT_TASK, KPT_TASK_PARENT);
+		KPT_FOLLOW(u32, tgid, task, KPT_TASK, KPT_TASK_TGID);
+		parents[i] = tgid;
+	}
+}
+
+/* The struct file behind a descriptor of the running task, or 0. */
+static __always_inline u64 task_file(u64 descriptor)
+{
+	u64 number = (u32)descriptor, files, table, most, array, file;
 
 	KPT_FOLLOW(u64, files, bpf_get_current_task(), KPT_TASK, KPT_TASK_FILES);
 	KPT_FOLLOW(u64, table, files, KPT_FILES, KPT_FILES_FDT);
@@ -65,6 +79,14 @@ static __always_inline u64 task_socket(u64 descriptor)
 		return 0;
 	KPT_FOLLOW(u64, array, table, KPT_FDTABLE, KPT_FDTABLE_FD);
 	KPT_WORD(file, array + number * 8, 0);
+	return file;
+}
+
+/* The struct sock behind a descriptor of the running task, or 0. */
+static __always_inline u64 task_socket(u64 descriptor)
+{
+	u64 file = task_file(descriptor), inode, mode, sock, sk;
+
 	KPT_FOLLOW(u64, inode, file, KPT_FILE, KPT_FILE_INODE);
 	KPT_FOLLOW(u16, mode, inode, KPT_INODE, KPT_INODE_MODE);
 	if ((mode & S_IFMT) != S_IFSOCK)

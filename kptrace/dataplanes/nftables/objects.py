@@ -24,15 +24,17 @@ from kptrace.dataplanes.nftables.netlink import (
 )
 
 #: Names and keys that are kept, over all tables; beyond, only dumps tell.
-MAX_CHAINS: Final = 65_536
+MAX_NAMES: Final = 65_536
 MAX_ELEMENTS: Final = 131_072
 
 _NLM_F_REPLACE = 0x100
 _SET_ANONYMOUS, _SET_TIMEOUT, _SET_EVAL = 0x1, 0x10, 0x20
 _CHAIN_BINDING = 0x4
+_TABLE_OWNER = 0x2
+_NETDEV, _INET_INGRESS, _HOOK_NUMBER = 5, 5, 1
 _ELEMENT_END, _ELEMENT_CATCHALL = 0x1, 0x2
 
-_TABLE, _TABLE_HANDLE = 1, 4
+_TABLE, _TABLE_FLAGS, _TABLE_HANDLE = 1, 2, 4
 _CHAIN_HANDLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_FLAGS = 2, 3, 4, 10
 _RULE_CHAIN, _RULE_HANDLE, _RULE_ID, _RULE_CHAIN_ID = 2, 3, 9, 11
 _SET_NAME, _SET_FLAGS = 2, 3
@@ -55,11 +57,15 @@ class SetObjects:
 
 @dataclass(slots=True)
 class TableObjects:
-    """One table: rules by chain, base chains' names, sets by name."""
+    """One table: rules by chain, base chains' names, sets by name.
+
+    An `owned` table is another process's alone: nobody else's flush takes it, and it is gone when its owner is.
+    """
 
     chains: dict[str, int] = field(default_factory=dict)
     base: set[str] = field(default_factory=set)
     sets: dict[str, SetObjects] = field(default_factory=dict)
+    owned: bool = False
 
     def counts(self) -> Mapping[str, int]:
         """Numbers by object."""
@@ -84,7 +90,7 @@ class Inventory:
         self.generation = generation
         self.exact = True
         self.tables: dict[TableKey, TableObjects] = {}
-        self._chains = 0
+        self._names = 0
         self._elements = 0
 
     def apply(self, data: bytes) -> None:
@@ -128,7 +134,7 @@ class Inventory:
         change = _Change(self, data, found, family, name, flags)
         match number:
             case NftMessage.NEWTABLE:
-                self.tables.setdefault((family, name), TableObjects())
+                change.new_table()
             case NftMessage.DELTABLE:
                 change.delete_table()
             case NftMessage.NEWCHAIN:
@@ -156,28 +162,30 @@ class Inventory:
             ):
                 self.exact = False  # whether it was there is not told
 
-    def room_for_chain(self) -> bool:
-        """Count one more chain, if there is room."""
-        self._chains += 1
-        self.exact &= self._chains <= MAX_CHAINS
-        return self._chains <= MAX_CHAINS
+    def room_for_name(self) -> bool:
+        """Count one more table, chain or set, if there is room."""
+        room = self._names < MAX_NAMES
+        self._names += room
+        self.exact &= room
+        return room
 
     def room_for_element(self) -> bool:
         """Count one more element, if there is room."""
-        self._elements += 1
-        self.exact &= self._elements <= MAX_ELEMENTS
-        return self._elements <= MAX_ELEMENTS
+        room = self._elements < MAX_ELEMENTS
+        self._elements += room
+        self.exact &= room
+        return room
 
     def drop_table(self, key: TableKey) -> None:
         """Forget a table and what is in it."""
         table = self.tables.pop(key, None)
         if table is not None:
-            self._chains -= len(table.chains)
+            self._names -= 1 + len(table.chains) + len(table.sets)
             self._elements -= sum(len(each.keys) for each in table.sets.values())
 
-    def drop_chains(self, count: int) -> None:
-        """Count chains less."""
-        self._chains -= count
+    def drop_name(self) -> None:
+        """Count one name less."""
+        self._names -= 1
 
     def drop_elements(self, count: int) -> None:
         """Count elements less."""
@@ -185,8 +193,10 @@ class Inventory:
 
     @property
     def dynamic(self) -> bool:
-        """Whether any set changes without a batch."""
-        return any(each.dynamic for table in self.tables.values() for each in table.sets.values())
+        """Whether any set or table changes without a batch."""
+        return any(
+            table.owned or any(each.dynamic for each in table.sets.values()) for table in self.tables.values()
+        )
 
     def named_sets(self) -> Iterator[tuple[int, str, str]]:
         """(nfproto, table, set) of every named set."""
@@ -219,14 +229,24 @@ class _Change:
     def _inexact(self) -> None:
         self.inventory.exact = False
 
+    def new_table(self) -> None:
+        tables, key = self.inventory.tables, (self.family, self.name)
+        if key not in tables and self.inventory.room_for_name():
+            tables[key] = TableObjects(owned=bool(self._number(_TABLE_FLAGS) & _TABLE_OWNER))
+
     def delete_table(self) -> None:
-        if _TABLE in self.found:
+        if _TABLE in self.found and self.family:
             self.inventory.drop_table((self.family, self.name))
-        elif _TABLE_HANDLE in self.found:
+        elif _TABLE_HANDLE in self.found and self.family:
             self._inexact()
-        else:  # all tables of the family, or all there are
-            for key in [key for key in self.inventory.tables if self.family in (0, key[0])]:
-                self.inventory.drop_table(key)
+        else:  # all tables of the family, or all there are, or all of a name
+            for (family, name), table in list(self.inventory.tables.items()):
+                if self.family not in (0, family) or (_TABLE in self.found and name != self.name):
+                    continue
+                if table.owned:  # taken only if the owner asked
+                    self._inexact()
+                else:
+                    self.inventory.drop_table((family, name))
 
     def new_chain(self) -> None:
         table, name = self._table, self._text(_CHAIN_NAME)
@@ -238,7 +258,7 @@ class _Change:
         if name not in table.chains:
             if _CHAIN_HANDLE in self.found and not self._is_dumped():
                 self._inexact()  # a chain gets another name
-            elif self.inventory.room_for_chain():
+            elif self.inventory.room_for_name():
                 table.chains[name] = 0
         if _CHAIN_HOOK in self.found:
             table.base.add(name)
@@ -251,10 +271,24 @@ class _Change:
         table, name = self._table, self._text(_CHAIN_NAME)
         if table is None or not name:
             self._inexact()
-        elif _CHAIN_HOOK not in self.found and name in table.chains:  # with a hook, it only loses devices
-            del table.chains[name]
+        elif not self._loses_devices():
             table.base.discard(name)
-            self.inventory.drop_chains(1)
+            if table.chains.pop(name, None) is not None:
+                self.inventory.drop_name()
+
+    def _loses_devices(self) -> bool:
+        """Whether a delete takes devices from a chain: elsewhere the kernel ignores the hook that iptables-nft sends."""
+        if _CHAIN_HOOK not in self.found:
+            return False
+        number = next(
+            (
+                be32(self.data, start, end)
+                for kind, start, end in attributes(self.data, *self.found[_CHAIN_HOOK])
+                if kind == _HOOK_NUMBER
+            ),
+            0,
+        )
+        return self.family == _NETDEV or number == _INET_INGRESS
 
     def new_rule(self) -> None:
         table, chain = self._table, self._text(_RULE_CHAIN)
@@ -271,7 +305,8 @@ class _Change:
             self._inexact()
             return
         chains = [self._text(_RULE_CHAIN)] if _RULE_CHAIN in self.found else list(table.chains)
-        one = _RULE_HANDLE in self.found or _RULE_ID in self.found
+        # Without a chain the kernel takes every rule of the table, whatever else is there.
+        one = _RULE_CHAIN in self.found and (_RULE_HANDLE in self.found or _RULE_ID in self.found)
         for chain in chains:
             if chain not in table.chains:
                 self._inexact()
@@ -286,7 +321,8 @@ class _Change:
             self._inexact()
         else:
             name = self._text(_SET_NAME)
-            table.sets.setdefault(name, SetObjects()).dynamic = bool(flags & (_SET_TIMEOUT | _SET_EVAL))
+            if name in table.sets or self.inventory.room_for_name():
+                table.sets.setdefault(name, SetObjects()).dynamic = bool(flags & (_SET_TIMEOUT | _SET_EVAL))
 
     def delete_set(self) -> None:
         table, name = self._table, self._text(_SET_NAME)
@@ -294,6 +330,7 @@ class _Change:
             self._inexact()
         elif name in table.sets:
             self.inventory.drop_elements(len(table.sets.pop(name).keys))
+            self.inventory.drop_name()
 
     def _set(self) -> SetObjects | None:
         table, name = self._table, self._text(_ELEMENTS_SET)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Histograms of rare, long things, counted in user space: rewrites, syncs, locks. Pure."""
+
+import math
+from bisect import bisect_left
+from typing import Final
+
+from kptrace.model.metrics import HistogramSample
+
+#: Edges in seconds, 10 us to 30 min: 16 with +Inf.
+REWRITE_LADDER: Final = (
+    1e-5, 1e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 0.25, 1.0, 5.0, 30.0, 300.0, 1800.0,
+)  # fmt: skip
+
+
+class Histogram:
+    """Counts on `REWRITE_LADDER`, an edge belonging to its bucket."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(REWRITE_LADDER) + 1)
+        self._sum_ns = 0
+
+    def add(self, duration_ns: int) -> None:
+        """Count one duration."""
+        self._counts[bisect_left(REWRITE_LADDER, duration_ns / 1e9)] += 1
+        self._sum_ns += duration_ns
+
+    def sample(self, labels: tuple[str, ...]) -> HistogramSample:
+        """The present state."""
+        buckets, total = [], 0
+        for edge, count in zip((*REWRITE_LADDER, math.inf), self._counts, strict=True):
+            total += count
+            buckets.append((edge, total))
+        return HistogramSample(labels, tuple(buckets), self._sum_ns / 1e9)
