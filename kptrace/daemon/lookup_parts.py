@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lookup signal's mechanisms as parts of the daemon, in the order in which `auto` tries them."""
 
+from collections.abc import Callable
+
 from kptrace.daemon.loop import Loop
 from kptrace.daemon.part import Node, Part, Running
 from kptrace.daemon.settings import Settings
 from kptrace.dataplanes.installed import InstalledChains
 from kptrace.kernel.bytecode import Bytecode
+from kptrace.kernel.compile import Request
 from kptrace.model.netfilter import DataPlane
 from kptrace.model.rewrite import Rewrite
 from kptrace.signals.lookup import LookupSignal, Options
+from kptrace.signals.lookup_function import FunctionLookup
+from kptrace.signals.lookup_function_kernel import REQUESTS, Mechanism
 from kptrace.signals.lookup_kernel import REQUEST, LookupKernel
 from kptrace.signals.rewrite_reduce import BASE_CHAINS
 
@@ -47,7 +52,7 @@ def _start_bracket(node: Node, code: Bytecode) -> Running:
     node.identity.subscribe(lookup.set_identity)
     lookup.set_identity(node.identity.snapshot())
 
-    node.committed.append(_Follow(node.loop, lookup, chains))
+    node.shared.committed.append(_Follow(node.loop, lookup, chains))
     return lookup
 
 
@@ -56,13 +61,31 @@ def _disabled(settings: Settings, mechanism: str) -> str:
     return "" if wanted in ("auto", mechanism) else f"--lookup-mechanism={wanted}"
 
 
-PARTS = (
-    Part(
+def _start_functions(mechanism: Mechanism) -> Callable[[Node, Bytecode], Running]:
+    def start(node: Node, code: Bytecode) -> Running:
+        settings = node.settings
+        options = Options(settings.sampling, settings.overhead_budget)
+        lookup = FunctionLookup(code, mechanism, node.netns, settings.host, node.loop, options)
+        node.stack.callback(lookup.close)
+        lookup.start()
+        return lookup
+
+    return start
+
+
+def _part(mechanism: str, request: Request, start: Callable[[Node, Bytecode], Running]) -> Part:
+    return Part(
         "lookup",
-        "bracket",
-        REQUEST,
-        _start_bracket,
-        lambda settings: _disabled(settings, "bracket"),
+        mechanism,
+        request,
+        start,
+        lambda settings: _disabled(settings, mechanism),
         alternative=True,
-    ),
+    )
+
+
+PARTS = (
+    _part("bracket", REQUEST, _start_bracket),
+    _part("fentry", REQUESTS["fentry"], _start_functions("fentry")),
+    _part("kprobe", REQUESTS["kprobe"], _start_functions("kprobe")),
 )

@@ -15,6 +15,7 @@ from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.metrics import MetricFamily, MetricSpec
 from kptrace.model.rewrite import Rewrite
 from kptrace.model.signal import MechanismState, Source
+from kptrace.signals.processes import ProcessTable
 
 
 class Running(Source, Protocol):
@@ -29,6 +30,19 @@ class Running(Source, Protocol):
         ...
 
 
+@dataclass(slots=True)
+class Shared:
+    """What one part has for others that start after it.
+
+    Attributes:
+        committed: called with every committed rewrite of the watched namespace.
+        processes: who runs, up to now; None where nobody follows that.
+    """
+
+    committed: list[Callable[[Rewrite], None]] = field(default_factory=list)
+    processes: Callable[[], ProcessTable] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """What every part gets.
@@ -39,7 +53,7 @@ class Node:
         netns: the watched network namespace.
         identity: the Kubernetes names.
         stack: closed when the daemon ends, in reverse order: what a part opens goes here.
-        committed: called with every committed rewrite of the watched namespace.
+        shared: what parts have for one another.
     """
 
     settings: Settings
@@ -47,7 +61,7 @@ class Node:
     netns: NetworkNamespace
     identity: Identity
     stack: ExitStack
-    committed: list[Callable[[Rewrite], None]] = field(default_factory=list)
+    shared: Shared = field(default_factory=Shared)
 
 
 @dataclass(frozen=True, slots=True)

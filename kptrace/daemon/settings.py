@@ -10,7 +10,7 @@ from kptrace.model.errors import UsageError
 from kptrace.signals.sampling import Sampling
 
 IdentityLevel = Literal["none", "services", "full"]
-LookupMechanism = Literal["auto", "bracket", "off"]
+LookupMechanism = Literal["auto", "bracket", "fentry", "kprobe", "off"]
 
 #: Not on Prometheus' list of default ports when it was chosen (see docs/adr).
 DEFAULT_LISTEN = "127.0.0.1:10777"
@@ -32,7 +32,7 @@ class Settings:
         sampling: divisors of first packets and of the rest.
         overhead_budget: share of one core that look-ups may cost; 0 for no limit.
         brackets_with_nfqueue: bracket a namespace that has an NFQUEUE too.
-        lookup_mechanism: auto or bracket or off.
+        lookup_mechanism: auto (the first that works), one of the mechanisms, or off.
         rewrites: whether rule changes are measured.
         writers: `NAME=PATTERN` additions to the table of writers.
         max_series: series that one scrape may have.

@@ -28,6 +28,8 @@ class Mechanism:
 #: the compiler reads the BTF itself.
 SLOW_FEATURES = frozenset({"btf_vmlinux", "kfunc_dynptr_from_skb", "kfunc_rdonly_cast", "fentry", "kprobe"})
 
+_SYSCALLS = ("btf_vmlinux", "tracepoint", "raw_tracepoint", "ring_buffer")
+
 MECHANISMS = (
     Mechanism(
         "lookup",
@@ -42,9 +44,10 @@ MECHANISMS = (
             "raw_tracepoint",
         ),
     ),
-    Mechanism("lookup", "fentry", ("btf_vmlinux", "fentry"), built=False),
-    Mechanism("lookup", "kprobe", ("kprobe",), built=False),
-    Mechanism("rewrite", "tracepoint", ("btf_vmlinux", "tracepoint", "raw_tracepoint", "ring_buffer")),
+    Mechanism("lookup", "fentry", ("bpf_syscall", "btf_vmlinux", "fentry", "mmapable_array")),
+    Mechanism("lookup", "kprobe", ("bpf_syscall", "btf_vmlinux", "kprobe", "mmapable_array")),
+    Mechanism("rewrite", "tracepoint", _SYSCALLS),
+    Mechanism("xtables_lock", "tracepoint", _SYSCALLS),
 )
 
 

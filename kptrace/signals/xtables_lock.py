@@ -150,6 +150,10 @@ class XtablesLockSignal:
     def _row(self, state: State, reason: str, detail: str = "") -> MechanismState:
         return MechanismState(self.name, "tracepoint", state, reason, detail)
 
+    def status(self, *, names: bool) -> Mapping[str, object]:
+        """Nothing beyond its state and its metrics."""
+        return {}
+
     def losses(self) -> Mapping[tuple[str, str], int]:
         """Lost events by (signal, reason), all reasons from the start."""
         kernel = self._last_losses if self._closed else self._kernel.losses()
