@@ -87,7 +87,7 @@ def _table(
     lines = [f"Linux {platform.release()} on {platform.machine()}; lockdown: {features.lockdown}", ""]
     for state in states:
         lines.append(
-            f"{state.signal:<9}{state.mechanism:<12}{state.state:<13}{state.reason:<20}{state.detail}".rstrip()
+            f"{state.signal:<14}{state.mechanism:<12}{state.state:<13}{state.reason:<20}{state.detail}".rstrip()
         )
     lines.append("")
     for row in features.as_rows():
