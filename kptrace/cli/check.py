@@ -12,6 +12,7 @@ from kptrace.cli import logs
 from kptrace.dataplanes.installed import InstalledChains
 from kptrace.kernel.features import Features, probe
 from kptrace.kernel.host import Host
+from kptrace.kernel.memlock import raise_memlock
 from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.errors import KptraceError
 from kptrace.model.netfilter import BaseChain
@@ -36,6 +37,7 @@ _UNSUPPORTED = 4
 def command(*, as_json: bool, strict: bool, netns: Path | None, proc_root: Path, sys_root: Path) -> int:
     """Probe, print, judge."""
     logs.configure("console", "warning")
+    raise_memlock()
     features = probe(Host(proc=proc_root, sys=sys_root))
     states = judge_all(features)
     chains, trouble = _chains(netns)

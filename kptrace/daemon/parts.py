@@ -18,6 +18,7 @@ from kptrace.kernel.bytecode import Bytecode
 from kptrace.kernel.capabilities import Capability, effective_capabilities, missing_capabilities
 from kptrace.kernel.compile import Compiler
 from kptrace.kernel.features import TABLE, probe
+from kptrace.kernel.memlock import raise_memlock
 from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.errors import CompileError, KernelError, KptraceError, PrivilegeError, UnsupportedError
 from kptrace.model.signal import MechanismState, Source, State
@@ -138,6 +139,8 @@ class Parts:
             raise PrivilegeError(
                 f"missing {', '.join(map(str, missing))}", remedy="run as root, or grant these capabilities"
             )
+        if trouble := raise_memlock():
+            self._log.debug("memlock", detail=trouble)
         quick = [feature for feature in TABLE if feature.name not in SLOW_FEATURES]
         return judge_all(probe(self._settings.host, table=quick))
 

@@ -9,7 +9,6 @@ import ctypes
 import json
 import os
 import platform
-import resource
 import struct
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 from kptrace.kernel.btf import Btf
 from kptrace.kernel.bytecode import LACKING
 from kptrace.kernel.headers import write_tree
+from kptrace.kernel.memlock import raise_memlock
 
 _LD_IMM64 = 0x18
 _PSEUDO_MAP_FD = 1
@@ -98,11 +98,8 @@ def relocatable(code: bytes, map_names: dict[int, str]) -> dict[str, Any]:
 def main() -> None:
     """Answer one question."""
     question = json.load(sys.stdin)
-    # Before v5.11 BPF memory counts against RLIMIT_MEMLOCK; where it may not be raised it is not needed either.
-    try:
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"RLIMIT_MEMLOCK stays: {error}\n")
+    if trouble := raise_memlock():
+        sys.stderr.write(f"{trouble}\n")
     with tempfile.TemporaryDirectory(prefix="kptrace-headers-") as folder:
         tree = write_tree(
             Path(folder),

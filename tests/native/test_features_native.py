@@ -2,6 +2,7 @@
 """Feature probes on the running kernel, against what other tools see of it."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from kptrace.kernel.features import State, probe
 from kptrace.kernel.host import Host
+from kptrace.kernel.memlock import raise_memlock
 
 _PMU = Path("/sys/bus/event_source/devices/kprobe/type")
 
@@ -61,3 +63,13 @@ def test_tracing_programs_show_the_errno_that_strace_sees() -> None:
     errno_name = refused[0].rsplit("= -1 ", 1)[1].split()[0]
     assert errno_name in support.detail
     assert "lockdown: " in support.detail
+
+
+def test_the_limit_of_locked_memory_is_lifted_or_said() -> None:
+    """The limit is infinite afterwards, or the answer says why not."""
+    before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    try:
+        trouble = raise_memlock()
+        assert bool(trouble) != (resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
