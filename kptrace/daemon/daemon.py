@@ -33,6 +33,9 @@ class Daemon:
         Raises:
             KptraceError: what cannot be mended by going on: an address in use, a bad manifest, no privileges.
         """
+        # A commit wakes this process: as a batch job it waits for its turn, instead of taking the CPU from the writer
+        # whose system call is just returning.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         with ExitStack() as stack:
             loop = Loop()
             stack.callback(loop.close)

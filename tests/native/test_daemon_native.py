@@ -204,6 +204,11 @@ def test_a_missing_capability_is_named() -> None:
     assert "Traceback" not in run.stderr
 
 
+def test_it_takes_no_cpu_from_the_writer(daemon: Callable[..., DaemonProcess]) -> None:
+    """The daemon runs as a batch job, which the kernel lets preempt nobody when a commit wakes it."""
+    assert os.sched_getscheduler(daemon().pid) == os.SCHED_BATCH
+
+
 def test_a_kernel_without_btf_is_said(tmp_path: Path) -> None:
     """Exit code 4 where the mechanism that was asked for needs a BTF that is not there."""
     run = run_briefly(
