@@ -33,12 +33,12 @@ test: setup ## Unit tests, and native tests as root (ARGS='-k name -x')
 	$(STEP) "unit and native tests" $(PYTEST) $(ARGS)
 
 .PHONY: test-vm
-test-vm: export KPTRACE_TEST_KERNEL = $(KERNEL)
-test-vm: setup ## Tests in virtual machines, old kernels and new (KERNEL=6.12)
-	$(STEP) "virtual machine tests" tools/tier.sh vm $(ARGS)
+test-vm: setup ## The image on old kernels and new, in virtual machines, as root (KERNEL=6.12, ARGS=--list)
+	$(STEP) "virtual machine tests" $(BIN)/python tools/vm/run.py $(KERNEL) $(ARGS)
 
 .PHONY: test-cluster
-test-cluster: setup ## Tests with a real API server and the real kube-proxy
+test-cluster: setup ## Tests with a real API server and the real kube-proxy, built once (minutes)
+	$(STEP) "Kubernetes for the cluster tests" tests/cluster/tools/build.sh
 	$(STEP) "cluster tests" tools/tier.sh cluster $(ARGS)
 
 .PHONY: check check-lint check-format check-types check-imports check-c check-shell
@@ -84,7 +84,7 @@ acceptance: setup ## The long demonstrations, as root (PART=name for one)
 	$(STEP) "acceptance$(if $(PART), $(PART))" tools/acceptance.sh $(PART)
 
 .PHONY: image
-image: ## Build the container image with buildah (ARGS='--build-arg BASE=...')
+image: ## Build the container image with buildah, as root (ARGS='--build-arg BASE=...')
 	$(STEP) "container image" tools/image.sh $(ARGS)
 
 .PHONY: clean

@@ -11,46 +11,10 @@
 #include <kptrace/follow.h>
 #include <kptrace/hist.h>
 #include <kptrace/places.h>
+#include <kptrace/arguments.h>
 #include <kptrace/sampling.h>
 #include <kptrace/slots.h>
 
-/* What the loader fills in per function: signals/lookup_function_layout.py, Hole, has the same order. */
-enum {
-	ARG_PACKET,
-	ARG_CHAIN,
-	ARG_SKB,
-	ARG_STATE,
-	ARG_TABLE,
-	ARG_RESULT,
-	ARG_STACK,
-	STACK_RETURN, /* what the return adds to the stack pointer */
-	SAVED_0,
-	SAVED_1,
-	SAVED_2,
-	SAVED_3,
-	PACKET_SKB,
-	PACKET_STATE,
-	STATE_HOOK,
-	STATE_PF,
-	STATE_NET,
-	NET_INUM,
-	SKB_NFCT,
-	CONN_STATUS,
-	CHAIN_TABLE,
-	CHAIN_HANDLE,
-	CHAIN_NAME,
-	TABLE_HANDLE,
-	TABLE_NAME,
-	TABLE_FAMILY,
-	TABLE_FAMILY_SHIFT,
-	BASE_PRIORITY,
-	BASE_TYPE,
-	TYPE_TYPE,
-	TYPE_NAT,
-	XT_NAME,
-	XT_PRIORITY,
-	HOST_NETNS,
-};
 enum { VALUE_LEARNT = VALUE_COUNTS + 1 };
 
 #define STATUS_SRC_NAT_DONE 0x80
@@ -68,52 +32,6 @@ BPF_F_TABLE("array", u32, struct learnt, learnt, 1, KPT_F_MMAPABLE);
 BPF_F_TABLE("lru_hash", struct chain_key, struct chain, chains, 4096, 0);
 BPF_F_TABLE("hash", struct name, u32, names, HOST_PLACES + POD_PLACES, 0);
 BPF_F_TABLE("hash", u32, struct name, places, HOST_PLACES + POD_PLACES, 0);
-
-static __always_inline u64 skb_of(u64 *ctx, u64 legacy)
-{
-	u64 packet, skb;
-
-	if (legacy) {
-		KPT_FIELD(u64, skb, ctx, ARG_SKB);
-	} else {
-		KPT_FIELD(u64, packet, ctx, ARG_PACKET);
-		KPT_READ(u64, skb, packet, PACKET_SKB);
-	}
-	return skb;
-}
-
-static __always_inline u64 state_of(u64 *ctx, u64 legacy)
-{
-	u64 packet, state;
-
-	if (legacy) {
-		KPT_FIELD(u64, state, ctx, ARG_STATE);
-	} else {
-		KPT_FIELD(u64, packet, ctx, ARG_PACKET);
-		KPT_READ(u64, state, packet, PACKET_STATE);
-	}
-	return state;
-}
-
-/* Copies a string of the kernel, cut to the words given, zeroes to the end. */
-static __always_inline void read_string(u64 *to, u64 from)
-{
-	u64 alive = ~0ULL;
-
-#pragma unroll
-	for (int i = 0; i < NAME_WORDS; i++) {
-		u64 word, ends;
-
-		KPT_AT(word, from + i * 8);
-		/* The lowest bit that is set marks the first zero byte; those above may be wrong. */
-		ends = (word - 0x0101010101010101ULL) & ~word & 0x8080808080808080ULL;
-		if (ends)
-			word &= ((ends & -ends) - 1) >> 7;
-		to[i] = word & alive;
-		if (ends)
-			alive = 0;
-	}
-}
 
 /* Whether a priority is before NAT's in this hook. */
 static __always_inline u32 before_nat(u64 hook, u64 word)
@@ -257,43 +175,6 @@ static __always_inline u64 walk_of(struct chain_key *key, struct chain *chain, u
 	return learnt->nat[((key->netns != (u32)inode) * 2 + (key->nfproto == 10)) & 3] ? WALK_FIRST : WALK_REST;
 }
 
-/* What a walk is found by at its end, and the set that it waits in. */
-static __always_inline u64 key_of(u64 *ctx, u64 legacy)
-{
-	u64 key;
-
-#ifdef KPT_TYPED
-	key = skb_of(ctx, legacy);
-#else
-	KPT_FIELD(u64, key, ctx, ARG_STACK);
-#endif
-	return key;
-}
-
-static __always_inline u64 check_of(u64 *ctx, u64 legacy)
-{
-	u64 check;
-
-#ifdef KPT_TYPED
-	if (legacy) {
-		KPT_FIELD(u64, check, ctx, ARG_STATE);
-	} else {
-		KPT_FIELD(u64, check, ctx, ARG_PACKET);
-	}
-#else
-	u64 saved;
-
-	KPT_FIELD(u64, check, ctx, SAVED_0);
-	KPT_FIELD(u64, saved, ctx, SAVED_1);
-	check = check * 31 + saved;
-	KPT_FIELD(u64, saved, ctx, SAVED_2);
-	check = check * 31 + saved;
-	KPT_FIELD(u64, saved, ctx, SAVED_3);
-	check = check * 31 + saved;
-#endif
-	return check;
-}
-
 static __always_inline void enter(u64 *ctx, u64 legacy)
 {
 	u64 skb, conntrack, info, status, offset, key, low, check, undone = 0, walk = WALK_REST, random = 0;
@@ -387,7 +268,7 @@ static __always_inline void leave(u64 *ctx, u64 legacy)
 		u32 cell;
 
 		KPT_FIELD(u64, result, ctx, ARG_RESULT);
-		cell = slot->cell + !(result & 0xff); /* NF_DROP is 0, whatever errno is above it */
+		cell = slot->cell + is_drop(result);
 		hist = cells.lookup(&cell);
 		if (hist)
 			hist_add(hist, duration);

@@ -88,20 +88,20 @@ static __always_inline void end(u32 kind, u64 now)
 int batch_enter(u64 *ctx)
 {
 	struct phases phases = {};
-	u64 skb, message, sk, data, length;
+	u64 skb, message, sk, length, first, portid;
 
 	KPT_FIELD(u64, skb, ctx, ARG_0);
 	KPT_FIELD(u64, message, ctx, ARG_1);
 	KPT_AT(sk, skb + KPT_SKB_SK);
 	if (!is_watched(net_of(sk)))
 		return 0;
-	KPT_AT(data, skb + KPT_SKB_DATA);
 	KPT_AT(length, skb + KPT_SKB_LEN);
-	KPT_AT(sk, skb + KPT_SKB_CB + KPT_PARMS_PORTID);
+	KPT_AT(first, message); /* its own length is its first member */
+	KPT_AT(portid, skb + KPT_SKB_CB + KPT_PARMS_PORTID);
 	phases.kind = KIND_BATCH;
-	phases.portid = sk;
+	phases.portid = portid;
 	phases.message = message;
-	phases.size = (u32)length + (u32)(data - message);
+	phases.size = (u32)length + (((u32)first + 3) & ~3);
 	begin(&phases);
 	return 0;
 }
@@ -280,7 +280,6 @@ int swap_leave(u64 *ctx)
 		return 0;
 	phases->commit_ns = bpf_ktime_get_ns() - phases->mark_ns;
 	KPT_FIELD(u64, result, ctx, RESULT);
-	if (result)
-		phases->flags |= FLAG_REPLACED;
+	phases->flags = result ? FLAG_REPLACED : 0;
 	return 0;
 }

@@ -4,7 +4,7 @@
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from kptrace.model.identity import Protocol
@@ -21,6 +21,7 @@ _EXPECTED: dict[type, str] = {
     int: "an integer",
     bool: "true or false",
 }
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PROTOCOLS = {"": Protocol.TCP, "TCP": Protocol.TCP, "UDP": Protocol.UDP, "SCTP": Protocol.SCTP}
 
 
@@ -135,3 +136,15 @@ def time_of(raw: Mapping[str, Any], key: str, path: str) -> int:
         return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
     except (ValueError, OverflowError) as error:
         raise ObjectError(_join(path, key), "a time as 2006-01-02T15:04:05Z", text) from error
+
+
+def instant_of(text: object) -> int:
+    """An RFC 3339 time as nanoseconds since the epoch, to the microsecond; 0 for anything else.
+
+    For annotations, which anybody may write: a wrong one is as good as none.
+    """
+    try:
+        moment = datetime.fromisoformat(text if isinstance(text, str) else "")
+        return max(0, (moment - _EPOCH) // timedelta(microseconds=1) * 1000) if moment.tzinfo else 0
+    except (ValueError, OverflowError):
+        return 0

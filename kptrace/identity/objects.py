@@ -12,6 +12,7 @@ from typing import Any
 
 from kptrace.identity.fields import (
     ObjectError,
+    instant_of,
     ip_of,
     member,
     members,
@@ -20,6 +21,7 @@ from kptrace.identity.fields import (
     text_of,
     time_of,
 )
+from kptrace.identity.policies import hints_of, local_policy
 from kptrace.identity.records import (
     Kind,
     Name,
@@ -30,12 +32,14 @@ from kptrace.identity.records import (
     ServiceRecord,
     SliceRecord,
 )
-from kptrace.model.identity import Endpoint, Pod, ServicePort
+from kptrace.model.identity import Endpoint, Hints, Pod, ServicePort
 
 #: Services and EndpointSlices with these labels are none of kube-proxy's business (its own selectors say so).
 HEADLESS_LABEL = "service.kubernetes.io/headless"
 PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
+ZONE_LABEL = "topology.kubernetes.io/zone"
+TRIGGER_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
 
 _KINDS = {
     ("v1", "Service"): Kind.SERVICES,
@@ -105,7 +109,10 @@ def _service(raw: Mapping[str, Any]) -> ServiceRecord:
     external_name = text_of(spec, "type", "spec") == "ExternalName"
     if external_name or not cluster_ips or HEADLESS_LABEL in labels or PROXY_NAME_LABEL in labels:
         return ServiceRecord(namespace, name, created)
-    return ServiceRecord(namespace, name, created, ports, tuple(dict.fromkeys(addresses)))
+    unique = tuple(dict.fromkeys(addresses))
+    return ServiceRecord(
+        namespace, name, created, ports, unique, len(dict.fromkeys(cluster_ips)), local_policy(spec)
+    )
 
 
 def _cluster_ips(spec: Mapping[str, Any]) -> list[str]:
@@ -157,12 +164,15 @@ def _slice(raw: Mapping[str, Any]) -> SliceRecord:
             key = sys.intern(text_of(port, "name", f"ports[{index}]")), protocol_of(port, f"ports[{index}]")
             ends = (end for end in back_ends if end is not None)
             by_port.append((key, tuple(Endpoint(end[0], number, *end[1:]) for end in ends)))
-    return SliceRecord(namespace, name, service, tuple(by_port))
+    annotations: dict[str, Any] = member(raw["metadata"], "annotations", dict, "metadata") or {}
+    return SliceRecord(
+        namespace, name, service, tuple(by_port), instant_of(annotations.get(TRIGGER_ANNOTATION))
+    )
 
 
 def _back_end(
     raw: Mapping[str, Any], path: str, *, fqdn: bool
-) -> tuple[str, str, str, bool, bool, bool] | None:
+) -> tuple[str, str, str, bool, bool, bool, Hints] | None:
     addresses: Sequence[str] = members(raw, "addresses", str, path)
     conditions: dict[str, Any] = member(raw, "conditions", dict, path) or {}
     ready, serving, terminating = (
@@ -177,7 +187,7 @@ def _back_end(
         return None
     # All addresses of one endpoint are said to be equivalent, and kube-proxy takes the first.
     ip = ip_of(addresses[0], f"{path}.addresses[0]")
-    return ip, node, pod, ready is not False, serving is not False, terminating is True
+    return ip, node, pod, ready is not False, serving is not False, terminating is True, hints_of(raw, path)
 
 
 def _pod(raw: Mapping[str, Any]) -> PodRecord:
@@ -212,4 +222,5 @@ def _node(raw: Mapping[str, Any]) -> NodeRecord:
         path = f"status.addresses[{index}]"
         if text_of(entry, "type", path) in ("InternalIP", "ExternalIP"):
             found.append(ip_of(text_of(entry, "address", path), f"{path}.address"))
-    return NodeRecord(name, tuple(dict.fromkeys(found)))
+    labels: dict[str, Any] = member(raw["metadata"], "labels", dict, "metadata") or {}
+    return NodeRecord(name, tuple(dict.fromkeys(found)), text_of(labels, ZONE_LABEL, "metadata.labels"))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is kept of each Kubernetes object: the few fields that names need, frozen."""
 
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, field
+from enum import IntFlag, StrEnum
 from typing import ClassVar
 
 from kptrace.identity.fields import NEWEST
@@ -18,6 +18,14 @@ class Kind(StrEnum):
     ENDPOINT_SLICES = "endpointslices"
     PODS = "pods"
     NODES = "nodes"
+
+
+class LocalPolicy(IntFlag):
+    """Which of a Service's traffic policies are `Local`: to its cluster IP, and to everything else."""
+
+    NONE = 0
+    INTERNAL = 1
+    EXTERNAL = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,8 @@ class ServiceRecord:
         created: seconds since the epoch, `NEWEST` where unknown.
         ports: none where kube-proxy does not serve it.
         addresses: cluster, external and load-balancer IPs, in this order, each once.
+        cluster_ips: how many of them are cluster IPs.
+        local: traffic policies.
     """
 
     kind: ClassVar[Kind] = Kind.SERVICES
@@ -54,6 +64,8 @@ class ServiceRecord:
     created: int = NEWEST
     ports: tuple[PortRecord, ...] = ()
     addresses: tuple[str, ...] = ()
+    cluster_ips: int = 0
+    local: LocalPolicy = LocalPolicy.NONE
 
     @property
     def key(self) -> Name:
@@ -69,6 +81,8 @@ class SliceRecord:
         namespace, name: its own.
         service: name of the Service in the same namespace; empty for none that kube-proxy serves.
         endpoints: by port name and protocol.
+        trigger_ns: when the change happened that it was last written for, in ns since the epoch, by the clock of
+            whoever saw it; 0 where it does not say. A slice of which no more than this changed is the same slice.
     """
 
     kind: ClassVar[Kind] = Kind.ENDPOINT_SLICES
@@ -76,6 +90,7 @@ class SliceRecord:
     name: str
     service: str = ""
     endpoints: tuple[tuple[tuple[str, Protocol], tuple[Endpoint, ...]], ...] = ()
+    trigger_ns: int = field(default=0, compare=False)
 
     @property
     def key(self) -> Name:
@@ -108,11 +123,12 @@ class PodRecord:
 
 @dataclass(frozen=True, slots=True)
 class NodeRecord:
-    """A node and its IP addresses (host names are not among them)."""
+    """A node, its IP addresses (host names are not among them), and its topology zone, empty where it has none."""
 
     kind: ClassVar[Kind] = Kind.NODES
     name: str
     addresses: tuple[str, ...] = ()
+    zone: str = ""
 
     @property
     def key(self) -> Name:

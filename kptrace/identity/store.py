@@ -70,6 +70,25 @@ class Store:
         changes = [self.apply(event, at) for event in (*gone, *listed.values())]
         return any(changes)
 
+    def service(self, key: Name) -> ServiceRecord | None:
+        """A Service, if there is one of this name."""
+        record = self._objects[Kind.SERVICES].get(key)
+        return record if isinstance(record, ServiceRecord) else None
+
+    def slices_of(self, service: Name) -> Iterable[SliceRecord]:
+        """The EndpointSlices of a Service, whether there is one or not."""
+        return self._slices.get(service, {}).values()
+
+    def slice(self, key: Name) -> SliceRecord | None:
+        """An EndpointSlice, if there is one of this name."""
+        record = self._objects[Kind.ENDPOINT_SLICES].get(key)
+        return record if isinstance(record, SliceRecord) else None
+
+    def zone(self, node: str) -> str:
+        """The topology zone of a node; empty where it has none, or is not known."""
+        record = self._objects[Kind.NODES].get(("", node))
+        return record.zone if isinstance(record, NodeRecord) else ""
+
     def counts(self) -> dict[Kind, int]:
         """How many objects there are of each kind."""
         return {kind: len(objects) for kind, objects in self._objects.items()}

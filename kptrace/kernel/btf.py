@@ -97,6 +97,18 @@ class Btf:
         Raises:
             BtfMissing: there is no such function.
         """
+        return tuple(self._pointed_to(type_id) for type_id in self._parameters(name))
+
+    def function_sizes(self, name: str) -> tuple[int, ...]:
+        """Sizes of a function's named parameters in bytes.
+
+        Raises:
+            BtfMissing: there is no such function.
+        """
+        return tuple(self.size_of(type_id) for type_id in self._parameters(name))
+
+    def _parameters(self, name: str) -> list[int]:
+        """Type ids of a function's named parameters."""
         prototype = self.type(self.type(self.func_id(name)).value)
         if prototype.kind is not Kind.FUNC_PROTO:
             raise BtfError(f"corrupt BTF: the function {name} has no prototype")
@@ -104,7 +116,7 @@ class Btf:
         parameters = [tuple(words[at + 3 + 2 * n : at + 5 + 2 * n]) for n in range(prototype.vlen)]
         if parameters and not any(parameters[-1]):
             parameters.pop()  # "..." is a last parameter without name and type
-        return tuple(self._pointed_to(type_id) for _, type_id in parameters)
+        return [type_id for _, type_id in parameters]
 
     def _pointed_to(self, type_id: int) -> str:
         pointer = self.strip(type_id)

@@ -5,14 +5,10 @@ import ctypes
 import errno
 import mmap
 import os
-import resource
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
-
-import structlog
 
 from kptrace.kernel.syscall import Command, bpf
 from kptrace.model.errors import KernelError
@@ -43,21 +39,11 @@ class MapSpec:
     flags: int = 0
 
 
-@cache
-def _lift_memory_limit() -> None:
-    """Before v5.11 BPF memory counts against RLIMIT_MEMLOCK; where it may not be raised it is hardly ever needed."""
-    try:
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    except (ValueError, OSError) as error:
-        structlog.get_logger().debug("memory_limit_stays", error=str(error))
-
-
 class Map:
     """One BPF map, owned by this process: it goes away with its last descriptor."""
 
     def __init__(self, spec: MapSpec) -> None:
         """Create the map in the kernel."""
-        _lift_memory_limit()
         self.spec = spec
         attr = struct.pack(
             "<IIIIIII16s",

@@ -16,6 +16,13 @@ from kptrace.model.errors import KernelError, UnsupportedError
 # r0 = N; exit
 _RETURN_0: Final = struct.pack("<BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0)
 _RETURN_1: Final = struct.pack("<BBhiBBhi", 0xB7, 0, 0, 1, 0x95, 0, 0, 0)
+# r1 = r10 - 8; r2 = 8; r3 = 0; call bpf_probe_read_kernel; r0 = 0; exit
+_READ_KERNEL: Final = (
+    struct.pack("<BBhiBBhi", 0xBF, 0xA1, 0, 0, 0x07, 1, 0, -8)
+    + struct.pack("<BBhiBBhi", 0xB7, 2, 0, 8, 0xB7, 3, 0, 0)
+    + struct.pack("<BBhi", 0x85, 0, 0, 113)
+    + _RETURN_0
+)
 _NFPROTO_IPV4: Final = 2
 _INT_MIN: Final = -(1 << 31)
 # Functions to try a tracing program on: the first exists for this purpose and nothing calls it.
@@ -49,6 +56,37 @@ def btf_vmlinux(context: Context) -> Support:
     if isinstance(context.btf, Btf):
         return Support.yes(f"{context.btf.end_id - 1} types in {context.host.vmlinux_btf}")
     return Support.no("no_btf", str(context.btf))
+
+
+def btf_modules(context: Context) -> Support:
+    """BTF of modules: Linux kernel commit 36e68442d1af ("bpf: Load and verify kernel module BTFs") (in v5.11).
+
+    Where no module is loaded there is nothing that could lack it.
+    """
+    loaded = sorted(path.parent.name for path in (context.host.sys / "module").glob("*/initstate"))
+    described = [name for name in loaded if context.host.module_btf(name).exists()]
+    if loaded and not described:
+        folder = context.host.vmlinux_btf.parent
+        return Support.no("no_module_btf", f"{len(loaded)} modules are loaded, none is in {folder}")
+    return Support.yes(f"{len(described)} of {len(loaded)} loaded modules have it")
+
+
+def follow_pointers(context: Context) -> Support:
+    """Reading what the verifier knows nothing of: by `bpf_rdonly_cast`, or by a helper that a lockdown may refuse.
+
+    Linux kernel commit 6ae08ae3dea2 ("bpf: Add probe_read_{user, kernel} and probe_read_{user, kernel}_str helpers") (in
+    v5.5).
+    """
+    try:
+        context.calls.close(context.calls.load(_READ_KERNEL, ProgramType.RAW_TRACEPOINT))
+    except KernelError as error:
+        if kfunc_rdonly_cast(context).supported:
+            return Support.yes("by bpf_rdonly_cast only")
+        refusal = context.refusal("load", error, _TRACING_NEEDS)
+        return Support(
+            refusal.state, refusal.reason, f"bpf_probe_read_kernel: {refusal.detail}; {context.lockdown}"
+        )
+    return Support.yes("a program with bpf_probe_read_kernel loads")
 
 
 def kfunc_dynptr_from_skb(context: Context) -> Support:

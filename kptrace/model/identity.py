@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from types import MappingProxyType
+from typing import NamedTuple
 
 
 class Protocol(IntEnum):
@@ -41,6 +42,16 @@ class ServiceAddress:
     protocol: Protocol
 
 
+class Hints(NamedTuple):
+    """For which zones and nodes an endpoint is meant, both sorted; nothing for all."""
+
+    zones: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+
+
+NO_HINTS = Hints()
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Endpoint:
     """One back end of a Service port.
@@ -51,6 +62,7 @@ class Endpoint:
         node: where it runs; empty where unknown.
         pod: `namespace/name` of its pod; empty where it is none.
         ready, serving, terminating: the EndpointSlice's conditions.
+        hints: where it is meant to be used.
     """
 
     ip: str
@@ -60,6 +72,7 @@ class Endpoint:
     ready: bool = True
     serving: bool = True
     terminating: bool = False
+    hints: Hints = NO_HINTS
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -14,21 +14,22 @@ REWRITE_LADDER: Final = (
 
 
 class Histogram:
-    """Counts on `REWRITE_LADDER`, an edge belonging to its bucket."""
+    """Counts on a ladder of edges in seconds, an edge belonging to its bucket."""
 
-    def __init__(self) -> None:
-        self._counts = [0] * (len(REWRITE_LADDER) + 1)
+    def __init__(self, ladder: tuple[float, ...] = REWRITE_LADDER) -> None:
+        self._ladder = ladder
+        self._counts = [0] * (len(ladder) + 1)
         self._sum_ns = 0
 
     def add(self, duration_ns: int) -> None:
         """Count one duration."""
-        self._counts[bisect_left(REWRITE_LADDER, duration_ns / 1e9)] += 1
+        self._counts[bisect_left(self._ladder, duration_ns / 1e9)] += 1
         self._sum_ns += duration_ns
 
     def sample(self, labels: tuple[str, ...]) -> HistogramSample:
         """The present state."""
         buckets, total = [], 0
-        for edge, count in zip((*REWRITE_LADDER, math.inf), self._counts, strict=True):
+        for edge, count in zip((*self._ladder, math.inf), self._counts, strict=True):
             total += count
             buckets.append((edge, total))
         return HistogramSample(labels, tuple(buckets), self._sum_ns / 1e9)

@@ -96,11 +96,6 @@ class FunctionKernel(LookupMaps):
         self._missed_before = Misses()
         self._places: tuple[tuple[int, ...], Mapping[int, Place]] = ((), {})
 
-    @property
-    def tells_missed_returns(self) -> bool:
-        """Whether returns that were not seen are known from the kernel's own counts."""
-        return self.mechanism == "fentry" or self.misses().kprobe is not None
-
     def attach(self, target: Target) -> None:
         """Load and attach both ends of a function, its return first: no entry is left without one.
 

@@ -43,7 +43,7 @@ FUNCTIONS: Final = (
 
 
 class Hole(IntEnum):
-    """What is filled in when a program is loaded: the C source's enumeration has the same order."""
+    """What is filled in when a program is loaded: the enumeration in bpf/include/kptrace/arguments.h has the same order."""
 
     ARG_PACKET = 0
     ARG_CHAIN = auto()

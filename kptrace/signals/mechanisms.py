@@ -44,8 +44,14 @@ MECHANISMS = (
             "raw_tracepoint",
         ),
     ),
-    Mechanism("lookup", "fentry", ("bpf_syscall", "btf_vmlinux", "fentry", "mmapable_array")),
-    Mechanism("lookup", "kprobe", ("bpf_syscall", "btf_vmlinux", "kprobe", "mmapable_array")),
+    Mechanism(
+        "lookup",
+        "fentry",
+        ("bpf_syscall", "btf_vmlinux", "mmapable_array", "follow_pointers", "btf_modules", "fentry"),
+    ),
+    Mechanism(
+        "lookup", "kprobe", ("bpf_syscall", "btf_vmlinux", "mmapable_array", "follow_pointers", "kprobe")
+    ),
     Mechanism("rewrite", "tracepoint", _SYSCALLS),
     Mechanism("xtables_lock", "tracepoint", _SYSCALLS),
 )

@@ -81,9 +81,11 @@ class LockCounts:
         """Count a wait or a hold that ended."""
         if not self.relevant(record):
             return
-        # A hold begins when the wait for it ends: by then its class is known, and later its process may be gone.
+        # A hold begins when the wait for it ends: its class is known by then, and later its process may be gone.
         at = record.begin_ns if record.kind is Kind.HOLD else record.end_ns
         with self._lock:
+            if record.kind is Kind.TAKEN and (record.file, record.begin_ns) in self._named:
+                self._named[record.file, at] = self._named.pop((record.file, record.begin_ns))
             writer = self._name((record.file, at), record)
             histograms = self._holds if record.kind is Kind.HOLD else self._waits
             histograms.setdefault(writer, Histogram()).add(record.end_ns - record.begin_ns)

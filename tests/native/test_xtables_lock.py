@@ -62,11 +62,25 @@ def descriptor(bench: XtablesLockBench) -> Iterator[int]:
     os.close(opened)
 
 
-def run(bench: XtablesLockBench, script: str, name: str = "kube-proxy") -> int:
-    """Run a script inside to its end; its last command's exit code."""
-    process = bench.namespace.popen(bench.shell(f"{script}\nexit $?", name))
-    bench.until(lambda: process.poll() is not None)
+def start(bench: XtablesLockBench, script: str, name: str = "kube-proxy") -> "subprocess.Popen[str]":
+    """Start a program of this name, which runs a script inside and then stays until `finish`."""
+    stay = "\ncode=$?\n: >ran\nread -r _\nexit $code"
+    return bench.namespace.popen(bench.shell(script + stay, name), stdin=True)
+
+
+def finish(bench: XtablesLockBench, process: "subprocess.Popen[str]") -> int:
+    """Let it end when its script has, and all that it did is taken in; the script's exit code."""
+    bench.until(lambda: (bench.folder / "ran").exists() or process.poll() is not None)
+    bench.settle()
+    (bench.folder / "ran").unlink(missing_ok=True)
+    assert process.stdin
+    process.stdin.close()
     return process.wait()
+
+
+def run(bench: XtablesLockBench, script: str) -> int:
+    """Run a script inside to its end; its last command's exit code."""
+    return finish(bench, start(bench, script))
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -365,11 +379,10 @@ def test_a_hold_from_before_us_is_not_guessed(
     namespace.call(lambda: flock(opened, LOCK_EX))
     bench = XtablesLockBench(bytecode, namespace, tmp_path)
     try:
-        process = bench.namespace.popen(bench.shell(RESTORE))
+        process = start(bench, RESTORE)
         until(lambda: bench.blocked() == 1)
         os.close(opened)
-        bench.until(lambda: process.poll() is not None)
-        bench.settle()
+        assert finish(bench, process) == 0
         assert bench.waited == {"kube-proxy": 1} == bench.held
     finally:
         bench.close()

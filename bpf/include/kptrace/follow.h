@@ -10,6 +10,8 @@
 
 #include <kptrace/types.h>
 
+#define STRING_WORDS 8
+
 /* kernel/bytecode.py, FIELD_BASE */
 #define KPT_FIELD(width, to, from, number) \
 	asm volatile("%0 = *(" #width " *)(%1 + %2)" : "=r"(to) : "r"(from), "i"(0x7a00 + (number)))
@@ -54,5 +56,25 @@ static void *(*rdonly_cast)(u64 pointer, u32 type) = (void *)0x7fff0001; /* kfun
 		KPT_CONSTANT(offset_, number);     \
 		KPT_AT(to, (u64)(from) + offset_); \
 	} while (0)
+
+/* Copies a string of the kernel, cut to the words given, zeroes to the end. */
+static __always_inline void read_string(u64 *to, u64 from)
+{
+	u64 alive = ~0ULL;
+
+#pragma unroll
+	for (int i = 0; i < STRING_WORDS; i++) {
+		u64 word, ends;
+
+		KPT_AT(word, from + i * 8);
+		/* The lowest bit that is set marks the first zero byte; those above may be wrong. */
+		ends = (word - 0x0101010101010101ULL) & ~word & 0x8080808080808080ULL;
+		if (ends)
+			word &= ((ends & -ends) - 1) >> 7;
+		to[i] = word & alive;
+		if (ends)
+			alive = 0;
+	}
+}
 
 #endif

@@ -3,13 +3,12 @@
 #ifndef KPTRACE_PLACES_H
 #define KPTRACE_PLACES_H
 
-#include <kptrace/types.h>
+#include <kptrace/follow.h>
 
 #define OWNERS 256 /* places */
 #define HOST_PLACES 152
 #define POD_PLACES 64
 #define OTHER_PLACE (HOST_PLACES + POD_PLACES) /* 40 of them: host or pod x data plane x IP family x hook */
-#define NAME_WORDS 8
 #define HOOKS 5
 
 /* What a place is called, and by that what it is: a chain that is made anew under its old name is the same place. */
@@ -20,8 +19,8 @@ struct name {
 	u8 hook;
 	u8 table_family; /* nf_tables: the table's own, which may be inet */
 	u8 zero[3];
-	u64 table[NAME_WORDS]; /* bytes, with zeroes to the end */
-	u64 chain[NAME_WORDS]; /* empty for a legacy table */
+	u64 table[STRING_WORDS]; /* bytes, with zeroes to the end */
+	u64 chain[STRING_WORDS]; /* empty for a legacy table */
 };
 
 /* A chain as the kernel knows it: only in a cache of what was found out about it, which may forget. Its handles are never

@@ -159,6 +159,21 @@ def test_functions_tell_their_parameters(btf: Btf) -> None:
     assert [btf.function_args(name) for name in ("nft_do_chain", "printk", "nothing")] == [2, 1, 0]
 
 
+def test_what_parameters_point_to_is_told() -> None:
+    """A structure's name through qualifiers, whether it is known or only declared; nothing for void and for numbers."""
+    blob = Blob()
+    number, void = blob.integer("int", 4), blob.add(2, "", 0)
+    skb = blob.add(2, "", blob.add(10, "", blob.struct("sk_buff", 8, [])))
+    declared = blob.add(2, "", blob.add(7, "xt_table"))
+    alias = blob.add(8, "state_t", blob.add(2, "", blob.add(2, "", number)))
+    blob.function("f", [("a", void), ("b", skb), ("c", declared), ("d", alias), ("e", number), ("", 0)])
+    btf = Btf.parse(blob.pack())
+    assert btf.function_pointers("f") == ("", "sk_buff", "xt_table", "", "")
+    assert btf.function_args("f") == 5
+    with pytest.raises(BtfMissing):
+        btf.function_pointers("g")
+
+
 def test_a_module_continues_its_base() -> None:
     """Ids and string offsets of a module's blob go on where the base's end; its own types come first."""
     base_blob = kernel_like()

@@ -5,7 +5,15 @@ import struct
 
 import pytest
 
-from kptrace.kernel.bytecode import CONSTANT_BASE, KFUNC_BASE, LOW32_MARK, VALUE_BASE, Function, link
+from kptrace.kernel.bytecode import (
+    CONSTANT_BASE,
+    FIELD_BASE,
+    KFUNC_BASE,
+    LOW32_MARK,
+    VALUE_BASE,
+    Function,
+    link,
+)
 from kptrace.model.errors import CompileError
 
 
@@ -39,6 +47,14 @@ def test_a_constant_gets_its_value(value: int, immediate: int) -> None:
     assert link(function, map_fds={}, constants={2: value}) == insn(0xB7, 3, 0, immediate)
 
 
+@pytest.mark.parametrize("op", [0x61, 0x69, 0x71, 0x79])
+def test_a_load_gets_its_offset(op: int) -> None:
+    """A load of any width at a placeholder offset gets the real one; others stay."""
+    function = Function(insn(op, 0x12, FIELD_BASE + 3) + insn(op, 0x12, 8) + insn(0x7B, 0x12, FIELD_BASE), {})
+    expected = insn(op, 0x12, 372) + insn(op, 0x12, 8) + insn(0x7B, 0x12, FIELD_BASE)
+    assert link(function, map_fds={}, fields={3: 372}) == expected
+
+
 def test_the_low_32_bits_of_a_pointer_become_a_number() -> None:
     """The marked 64-bit move becomes a 32-bit one, the mark an addition of zero."""
     function = Function(insn(0xBF, 0x12) + insn(0x07, 0x02, 0, LOW32_MARK), {})
@@ -53,6 +69,7 @@ def test_the_low_32_bits_of_a_pointer_become_a_number() -> None:
         Function(insn(0xB7, 0, 0, CONSTANT_BASE), {}),
         Function(insn(0x07, 0, 0, LOW32_MARK), {}),
         Function(insn(0x18, 0, 0, VALUE_BASE) + insn(0), {}),
+        Function(insn(0x79, 0, FIELD_BASE), {}),
     ],
 )
 def test_a_hole_without_filling_is_an_error(function: Function) -> None:

@@ -200,6 +200,31 @@ def test_no_btf_takes_everything_that_needs_it(host: Host) -> None:
     assert features.supported("netfilter_link", "kprobe")
 
 
+def test_modules_without_btf_are_no_support(host: Host) -> None:
+    """Loaded modules of which none has BTF; without modules nothing is lacking."""
+    assert run(host, FakeKernel())["btf_modules"].supported
+    for name in ("nf_tables", "veth"):
+        (host.sys / "module" / name).mkdir(parents=True)
+        (host.sys / "module" / name / "initstate").write_text("live\n")
+    support = run(host, FakeKernel())["btf_modules"]
+    assert (support.state, support.reason) == (State.UNSUPPORTED, "no_module_btf")
+    assert "2 modules" in support.detail
+    host.module_btf("veth").touch()
+    assert run(host, FakeKernel())["btf_modules"].detail == "1 of 2 loaded modules have it"
+
+
+def test_pointers_are_followed_by_helper_or_by_cast(host: Host) -> None:
+    """A lockdown refuses the helper; a kernel that has the cast does without."""
+    kernel = FakeKernel({ProgramType.RAW_TRACEPOINT.name: errno.EINVAL})
+    assert run(host, kernel)["follow_pointers"] == Support.yes("by bpf_rdonly_cast only")
+    blob = Blob()
+    blob.function("ip_rcv", [])
+    host.vmlinux_btf.write_bytes(blob.pack())
+    support = run(host, kernel)["follow_pointers"]
+    assert (support.state, support.reason) == (State.UNSUPPORTED, "load_refused")
+    assert support.detail.endswith("lockdown: none [integrity] confidentiality")
+
+
 def test_missing_functions_are_named(host: Host) -> None:
     """A kfunc that the BTF does not have is unsupported; no function to trace leaves fentry open."""
     blob = Blob()

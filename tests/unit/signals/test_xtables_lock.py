@@ -103,6 +103,18 @@ def test_a_hold_has_the_class_that_its_process_had_when_it_began() -> None:
     }
 
 
+def test_a_wait_that_was_seen_has_its_class_already() -> None:
+    """Who was named while it waited keeps the name, though it is gone when its record comes."""
+    classes = Classes()
+    counts = LockCounts(WATCHED, classes)
+    counts.see([replace(WAIT, kind=Kind.WAITING, end_ns=0)])
+    counts.apply(WAIT)
+    counts.apply(HOLD)
+    assert classes.asked == [10]
+    assert values(counts)["held"] == {"w10": 1}
+    assert counts._named == {}
+
+
 def test_a_hold_whose_taking_was_lost_still_counts() -> None:
     """A release names the process itself where nothing was known before."""
     counts = LockCounts(WATCHED, Classes())
