@@ -28,7 +28,6 @@
 #define RING_PAGES 256
 #define VECTORS 4
 #define ANSWERS 16
-#define NO_WAKEUP 1
 #define FORCE_WAKEUP 2
 
 BPF_F_TABLE("array", u32, struct flight, flight, 1, 0);
@@ -389,50 +388,6 @@ int exit_rewrite(u64 *ctx)
 	if (copied > COPY_BYTES)
 		return 0;
 	if (events.ringbuf_output(record, sizeof(struct rewrite_head) + copied, FORCE_WAKEUP))
-		lose(LOST_RING_FULL);
-	return 0;
-}
-
-/* sched_process_exec(task, old_pid, binprm). Nobody is woken: these are read with the next rewrite or the next tick. */
-int process_exec(u64 *ctx)
-{
-	u64 binary, name, task = bpf_get_current_task(), value;
-	struct process_record record = {};
-	u32 parents[KPT_PARENTS] = {};
-
-	record.kind = KIND_EXEC;
-	record.tgid = bpf_get_current_pid_tgid() >> 32;
-	record.at_ns = bpf_ktime_get_ns();
-	record.cgroup = bpf_get_current_cgroup_id();
-	record.netns = task_netns(task);
-	record.mntns = task_mntns(task);
-	task_parents(task, parents);
-	record.parent = parents[0];
-	bpf_get_current_comm(record.comm, sizeof(record.comm));
-	KPT_LOAD64(binary, ctx, 16);
-	KPT_FOLLOW(u64, name, binary, KPT_BINPRM, KPT_BINPRM_FILENAME);
-#pragma unroll
-	for (int i = 0; i < NAME_WORDS; i++) {
-		KPT_WORD(value, name, i);
-		record.name[i] = value;
-	}
-	if (events.ringbuf_output(&record, sizeof(record), NO_WAKEUP))
-		lose(LOST_RING_FULL);
-	return 0;
-}
-
-/* sched_process_exit(task, ...), called for every thread: the first one's end is taken for the process's. */
-int process_exit(u64 *ctx)
-{
-	u64 id = bpf_get_current_pid_tgid();
-	struct exit_record record = {};
-
-	if (id >> 32 != (u32)id)
-		return 0;
-	record.kind = KIND_EXIT;
-	record.tgid = id;
-	record.at_ns = bpf_ktime_get_ns();
-	if (events.ringbuf_output(&record, sizeof(record), NO_WAKEUP))
 		lose(LOST_RING_FULL);
 	return 0;
 }

@@ -36,11 +36,15 @@ class Shared:
 
     Attributes:
         committed: called with every committed rewrite of the watched namespace.
+        rewritten: called with every rewrite of it, of any outcome.
         processes: who runs, up to now; None where nobody follows that.
+        consume_rewrites: takes in every rewrite up to now.
     """
 
     committed: list[Callable[[Rewrite], None]] = field(default_factory=list)
+    rewritten: list[Callable[[Rewrite], None]] = field(default_factory=list)
     processes: Callable[[], ProcessTable] | None = None
+    consume_rewrites: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The signals around rewrites as parts of the daemon."""
 
+import time
+
 from kptrace.daemon.part import Node, Part, Running
 from kptrace.daemon.settings import Settings
 from kptrace.kernel.bytecode import Bytecode
 from kptrace.model.rewrite import Rewrite
+from kptrace.signals.process_kernel import REQUEST as PROCESS_REQUEST
+from kptrace.signals.process_watch import ProcessWatch
 from kptrace.signals.rewrite import Options, RewriteSignal
 from kptrace.signals.rewrite_kernel import REQUEST
-from kptrace.signals.writers import WriterRule, parse_writer
+from kptrace.signals.sync_signal import SyncSignal
+from kptrace.signals.writers import WriterRule, Writers, parse_writer
 from kptrace.signals.xtables_lock import Options as LockOptions
 from kptrace.signals.xtables_lock import XtablesLockSignal
 from kptrace.signals.xtables_lock_kernel import REQUEST as LOCK_REQUEST
+
+SYNC_TICK_SECONDS = 0.5
 
 
 def _start(node: Node, code: Bytecode) -> Running:
@@ -18,13 +25,45 @@ def _start(node: Node, code: Bytecode) -> Running:
         for listener in node.shared.committed:
             listener(rewrite)
 
+    def rewritten(rewrite: Rewrite) -> None:
+        for listener in node.shared.rewritten:
+            listener(rewrite)
+
     rewrite = RewriteSignal(
-        code, node.netns, node.loop, node.settings.host, committed, Options(writers=_writers(node.settings))
+        code,
+        node.netns,
+        node.loop,
+        node.settings.host,
+        committed,
+        Options(writers=_writers(node.settings)),
+        node.shared.processes,
+        rewritten,
     )
     node.stack.callback(rewrite.close)
     rewrite.start()
-    node.shared.processes = rewrite.processes
+    node.shared.consume_rewrites = rewrite.consume
     return rewrite
+
+
+def _start_sync(node: Node, code: Bytecode) -> Running:
+    host = node.settings.host
+    watch = ProcessWatch(code, host)
+    node.stack.callback(watch.close)
+    writers = Writers(_writers(node.settings))
+    sync = SyncSignal(node.netns.inode, lambda: watch.table, writers, host, lost=watch.losses)
+
+    def tick() -> None:
+        until = time.monotonic_ns()
+        node.shared.consume_rewrites()
+        watch.consume()
+        sync.settle(until)
+        sync.tick()
+
+    watch.start([sync.process])
+    node.shared.processes = watch.consume
+    node.shared.rewritten.append(sync.rewrite)
+    node.loop.call_every(SYNC_TICK_SECONDS, tick)
+    return sync
 
 
 def _start_lock(node: Node, code: Bytecode) -> Running:
@@ -49,8 +88,9 @@ def _disabled(settings: Settings) -> str:
     return "" if settings.rewrites else "--no-rewrites"
 
 
-#: In this order: the second knows processes by the first.
+#: In this order: the others know processes by the first.
 PARTS = (
+    Part("sync", "tracepoint", PROCESS_REQUEST, _start_sync, _disabled),
     Part("rewrite", "tracepoint", REQUEST, _start, _disabled),
     Part("xtables_lock", "tracepoint", LOCK_REQUEST, _start_lock, _disabled),
 )

@@ -52,6 +52,7 @@ MECHANISMS = (
     Mechanism(
         "lookup", "kprobe", ("bpf_syscall", "btf_vmlinux", "mmapable_array", "follow_pointers", "kprobe")
     ),
+    Mechanism("sync", "tracepoint", ("btf_vmlinux", "raw_tracepoint", "ring_buffer")),
     Mechanism("rewrite", "tracepoint", _SYSCALLS),
     Mechanism("xtables_lock", "tracepoint", _SYSCALLS),
 )

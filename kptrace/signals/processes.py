@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kptrace.model.rewrite import ProcessRun
-from kptrace.signals.rewrite_records import Exec, Exit
+from kptrace.signals.process_records import Exec, Exit
 
 #: Seconds that a process is remembered after its end: its records may come late, and a sync outlives its writer.
 KEEP_SECONDS = 60.0

@@ -5,7 +5,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 
 import structlog
@@ -69,6 +68,8 @@ class RewriteSignal:
         host: Host = Host(),
         on_commit: Callable[[Rewrite], None] = lambda _: None,
         options: Options = Options(),
+        processes: Callable[[], ProcessTable] | None = None,
+        on_rewrite: Callable[[Rewrite], None] = lambda _: None,
     ) -> None:
         """Nothing is attached before `start`.
 
@@ -80,6 +81,8 @@ class RewriteSignal:
             on_commit: called after each committed rewrite of the watched namespace; `details` has
                 `rewrite_reduce.BASE_CHAINS` where base chains may have changed.
             options: see `Options`.
+            processes: who runs, up to now; by default those that still do when they are asked for.
+            on_rewrite: called after each rewrite of the watched namespace, of any outcome, before `on_commit`.
         """
         self._netns = netns
         self._loop = loop
@@ -97,13 +100,14 @@ class RewriteSignal:
             exact_sequence=self._kernel.knows_generation,
             least_seconds=options.least_dump_seconds,
         )
-        host_mntns = _inode(host.proc / "1/ns/mnt")
-        self._processes = ProcessTable(lambda tgid: read_process(host.proc, tgid, host_mntns), host_mntns)
+        table = ProcessTable(lambda tgid: read_process(host.proc, tgid))
+        self._processes = processes or (lambda: table)
+        self._on_rewrite = on_rewrite
         self._reducer = Reducer(
             watched=netns.inode,
             exact_sequence=self._kernel.knows_generation,
             installed=self._objects,
-            processes=self._processes,
+            processes=self._processes(),
             writers=Writers(options.writers),
             cgroup=lambda run: cgroup_path(host.proc, run.tgid),
         )
@@ -134,11 +138,10 @@ class RewriteSignal:
         self._state = self._row(State.ACTIVE, "ok", f"outcome by {sees} and the sender's own socket")
         self.tick()
 
-    def processes(self) -> ProcessTable:
-        """Who runs, up to now. For the loop's thread, and not from within `on_commit`."""
+    def consume(self) -> None:
+        """Take in every rewrite up to now. For the loop's thread, and not from within a listener."""
         if not self._closed:
             self._consume_records()
-        return self._processes
 
     def _open_socket(self) -> NfnetlinkSocket | None:
         try:
@@ -177,7 +180,8 @@ class RewriteSignal:
         self._publish()
 
     def _consume_records(self) -> None:
-        self._kernel.consume()
+        if self._kernel.consume():
+            self._processes()  # by now it knows whoever wrote these
         # Not from within the ring's callback: what hears of a commit may come back here.
         while self._inbox:
             self._receive(self._inbox.popleft())
@@ -186,8 +190,6 @@ class RewriteSignal:
         record = decode(data)
         if record is None:
             self._undecodable += 1
-        elif not isinstance(record, Transaction):
-            self._processes.apply(record, time.monotonic())
         elif record.netns != self._netns.inode:
             self._counts.add_elsewhere()
         else:
@@ -202,6 +204,7 @@ class RewriteSignal:
         self._counts.add(rewrite)
         if record.is_batch:
             self._generation.traced(rewrite.outcome)
+        self._on_rewrite(rewrite)
         if rewrite.outcome is Outcome.COMMITTED:
             self._on_commit(rewrite)
 
@@ -274,10 +277,3 @@ class RewriteSignal:
         self._objects.close()
         if self._socket is not None:
             self._socket.close()
-
-
-def _inode(path: Path) -> int:
-    try:
-        return path.stat().st_ino
-    except OSError:
-        return 0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kptrace.kernel.attach import attach_raw_tracepoint, attach_tracepoint
+from kptrace.kernel.attach import attach_tracepoint
 from kptrace.kernel.bytecode import Bytecode, link
 from kptrace.kernel.compile import Request
 from kptrace.kernel.events import RingBuffer
@@ -31,8 +31,6 @@ REQUEST = Request(
         "KPT_SKB": "struct:sk_buff",
         "KPT_SKB_PREV": "offset:sk_buff:prev",
         "KPT_SKB_DATA": "offset:sk_buff:data",
-        "KPT_BINPRM": "struct:linux_binprm",
-        "KPT_BINPRM_FILENAME": "offset:linux_binprm:filename",
     },
 )
 
@@ -45,7 +43,6 @@ _SYSCALLS = {
     "writev": "enter_writev",
     "setsockopt": "enter_setsockopt",
 }
-_RAW = {"sched_process_exec": "process_exec", "sched_process_exit": "process_exit"}
 
 #: `struct started` in rewrite.h.
 _STARTED = struct.Struct("=5Q6I")
@@ -103,9 +100,6 @@ class RewriteKernel:
             # Exits first: no entry is ever left without one.
             for call in _SYSCALLS:
                 self._hook(programs["exit_rewrite"], tracefs, f"sys_exit_{call}")
-            for name, program in _RAW.items():
-                programs[program] = self._load(program, ProgramType.RAW_TRACEPOINT)
-                self._attached.append(attach_raw_tracepoint(programs[program], name))
             for call, program in _SYSCALLS.items():
                 self._hook(programs[program], tracefs, f"sys_enter_{call}")
         finally:

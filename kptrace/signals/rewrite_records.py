@@ -7,8 +7,6 @@ from enum import IntEnum, IntFlag
 from typing import Final
 
 HEAD: Final = struct.Struct("=4I2QqQ7Ii4I16sI20s2I")
-_PROCESS: Final = struct.Struct("=2I2Q4I16s128s")
-_EXIT: Final = struct.Struct("=2IQ")
 _KIND: Final = struct.Struct("=I")
 
 
@@ -19,8 +17,6 @@ class Kind(IntEnum):
     VECTOR = 2
     REPLACE4 = 3
     REPLACE6 = 4
-    EXEC = 5
-    EXIT = 6
 
 
 class Flag(IntFlag):
@@ -88,36 +84,9 @@ class Transaction:
         return self.kind in (Kind.FLAT, Kind.VECTOR)
 
 
-@dataclass(frozen=True, slots=True)
-class Exec:
-    """A process began to run a program; attributes as in `kptrace.model.rewrite.ProcessRun`."""
-
-    tgid: int
-    at_ns: int
-    cgroup_id: int
-    parent: int
-    netns: int
-    mntns: int
-    comm: str
-    filename: str
-
-
-@dataclass(frozen=True, slots=True)
-class Exit:
-    """A process ended."""
-
-    tgid: int
-    at_ns: int
-
-
-def decode(data: bytes) -> Transaction | Exec | Exit | None:
+def decode(data: bytes) -> Transaction | None:
     """One record; None if it is of no known kind or cut, which would be a bug of the kernel side."""
     kind = _KIND.unpack_from(data)[0] if len(data) >= _KIND.size else 0
-    if kind == Kind.EXEC and len(data) >= _PROCESS.size:
-        _, tgid, at, cgroup, parent, netns, mntns, _, comm, name = _PROCESS.unpack_from(data)
-        return Exec(tgid, at, cgroup, parent, netns, mntns, _text(comm), _text(name))
-    if kind == Kind.EXIT and len(data) >= _EXIT.size:
-        return Exit(*_EXIT.unpack_from(data)[1:])
     if Kind.FLAT <= kind <= Kind.REPLACE6 and len(data) >= HEAD.size:
         return _transaction(data)
     return None

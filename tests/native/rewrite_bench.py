@@ -4,17 +4,28 @@
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from kptrace.daemon.loop import Loop
 from kptrace.experiments.netns import Namespace
 from kptrace.kernel.bytecode import Bytecode
+from kptrace.kernel.compile import Compiler
 from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.metrics import HistogramSample
 from kptrace.model.rewrite import Rewrite
+from kptrace.signals.process_kernel import REQUEST
+from kptrace.signals.process_watch import ProcessWatch
 from kptrace.signals.rewrite import Options, RewriteSignal
 
 PATIENCE_SECONDS = 30.0
+
+
+@cache
+def process_bytecode() -> Bytecode:
+    """The programs that follow processes."""
+    return Compiler(Path("/sys/kernel/btf/vmlinux"), None).build(REQUEST)
 
 
 class RewriteBench:
@@ -24,12 +35,15 @@ class RewriteBench:
         self.netns = NetworkNamespace(namespace.path)
         self.loop = Loop()
         self.commits: list[Rewrite] = []
+        self.processes = ProcessWatch(process_bytecode())
+        self.processes.start()
         self.signal = RewriteSignal(
             bytecode,
             self.netns,
             self.loop,
             on_commit=self.commits.append,
             options=Options(**{"least_dump_seconds": 0.0, **options}),
+            processes=self.processes.consume,
         )
         self.signal.start()
         self.until(lambda: self.value("kptrace_ruleset_objects_exact") == 1)
@@ -79,5 +93,6 @@ class RewriteBench:
     def close(self) -> None:
         """Detach everything."""
         self.signal.close()
+        self.processes.close()
         self.loop.close()
         self.netns.close()

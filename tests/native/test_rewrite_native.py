@@ -481,7 +481,7 @@ def test_base_chains_are_told_of(watch: Watch, namespace: Namespace) -> None:
 
 def test_nothing_stays_behind(bytecode: Bytecode, namespace: Namespace) -> None:
     """Closing detaches: no program of the signal is left."""
-    names = ("exit_rewrite", "enter_sendmsg", "process_exec")
+    names = ("exit_rewrite", "enter_sendmsg")
 
     def loaded() -> int:
         listing = subprocess.run(

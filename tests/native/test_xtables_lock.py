@@ -354,7 +354,7 @@ def test_processes_that_are_gone_are_known(
     """With the rewrite signal's table of processes, who took the lock is named even when nobody of them runs any more."""
     (tmp_path / "rules").write_text(RULES)
     rewrites = RewriteBench(Compiler(Path("/sys/kernel/btf/vmlinux"), None).build(REWRITE_REQUEST), namespace)
-    bench = XtablesLockBench(compiled["new"], namespace, tmp_path, rewrites.signal.processes)
+    bench = XtablesLockBench(compiled["new"], namespace, tmp_path, rewrites.processes.consume)
     try:
         runs = 7
         process = namespace.popen(bench.shell(f"for i in $(seq {runs}); do dash -c '{RESTORE}; :'; done"))

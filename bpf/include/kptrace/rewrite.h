@@ -8,9 +8,8 @@
 #define COPY_BYTES 4096
 #define TAIL_BYTES 20
 #define COMM_BYTES 16
-#define NAME_WORDS 16
 
-enum { KIND_FLAT = 1, KIND_VECTOR = 2, KIND_REPLACE4 = 3, KIND_REPLACE6 = 4, KIND_EXEC = 5, KIND_EXIT = 6 };
+enum { KIND_FLAT = 1, KIND_VECTOR = 2, KIND_REPLACE4 = 3, KIND_REPLACE6 = 4 };
 enum { FLAG_UNSURE = 1, FLAG_UNREAD = 2, FLAG_SEVERAL = 4, FLAG_TAIL = 8, FLAG_OVERLAP = 16 };
 enum { LOST_RING_FULL, LOST_RUNNING_FULL, LOST_UNREADABLE, LOST_KINDS = 4 };
 
@@ -62,25 +61,6 @@ struct rewrite_head {
 struct rewrite_record {
 	struct rewrite_head head;
 	u8 data[2 * COPY_BYTES]; /* the upper half only lets the verifier see that no copy leaves the buffer */
-};
-
-struct process_record {
-	u32 kind;
-	u32 tgid;
-	u64 at_ns;
-	u64 cgroup;
-	u32 parent;
-	u32 netns;
-	u32 mntns;
-	u32 zero;
-	char comm[COMM_BYTES];
-	u64 name[NAME_WORDS];
-};
-
-struct exit_record {
-	u32 kind;
-	u32 tgid;
-	u64 at_ns;
 };
 
 struct user_vector {

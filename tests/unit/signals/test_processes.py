@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from kptrace.model.rewrite import ProcessRun
 from kptrace.signals import processes
+from kptrace.signals.process_records import Exec, Exit
 from kptrace.signals.processes import KEEP_SECONDS, MAX_PROCESSES, ProcessTable, cgroup_path, read_process
-from kptrace.signals.rewrite_records import Exec, Exit
 
 HOST_MNTNS = 4026531841
 
 
 def began(tgid: int, filename: str = "/usr/sbin/nft", parent: int = 0, *, mntns: int = 0) -> Exec:
     """An exec record."""
-    return Exec(tgid, 1000 + tgid, 70 + tgid, parent, 1, mntns, "comm", filename)
+    return Exec(tgid, 1000 + tgid, 70 + tgid, (parent,), 1, mntns, "comm", filename)
 
 
 class Living:
@@ -70,7 +70,7 @@ def test_the_hosts_mount_namespace_is_recognised(host: int, mntns: int, inside: 
 
 def test_a_process_is_remembered_for_a_while_after_its_end() -> None:
     """`nft` is gone when its record is read: it is forgotten only after the time that is kept."""
-    made = table(began(5), Exit(5, 2000), now=10.0)
+    made = table(began(5), Exit(5, 2000, 0), now=10.0)
     made.apply(began(6), 10.0 + KEEP_SECONDS - 0.01)
     assert made.run(5) is not None
     made.apply(began(7), 10.0 + KEEP_SECONDS)
@@ -80,7 +80,7 @@ def test_a_process_is_remembered_for_a_while_after_its_end() -> None:
 
 def test_a_process_id_that_is_used_again_is_the_new_program() -> None:
     """The earlier program's end neither hides nor forgets the later one."""
-    made = table(began(5, "/bin/old"), Exit(5, 1), began(5, "/bin/new"), now=10.0)
+    made = table(began(5, "/bin/old"), Exit(5, 1, 0), began(5, "/bin/new"), now=10.0)
     made.apply(began(6), 10.0 + 2 * KEEP_SECONDS)
     run = made.run(5)
     assert run is not None
@@ -96,7 +96,7 @@ def test_a_second_exec_is_the_present_program() -> None:
 
 def test_the_end_of_an_unknown_process_is_not_remembered() -> None:
     """Most processes of a node end without having been of interest."""
-    made = table(*(Exit(n, 1) for n in range(1, 10_001)))
+    made = table(*(Exit(n, 1, 0) for n in range(1, 10_001)))
     assert len(made) == 0
     assert len(made._ended) == 0
 
@@ -107,7 +107,7 @@ def test_a_living_process_is_read_once() -> None:
     made = table(living=living)
     assert made.run(7) == made.run(7) == living.runs[7]
     assert living.asked == [7]
-    made.apply(Exit(7, 1), 5.0)
+    made.apply(Exit(7, 1, 0), 5.0)
     living.runs.clear()
     assert made.run(7) is not None
     made.apply(began(8), 5.0 + KEEP_SECONDS)
@@ -158,7 +158,7 @@ def test_a_chain_is_bounded() -> None:
 
 def test_a_flood_of_processes_forgets_the_oldest() -> None:
     """Beyond the bound, those that began first are forgotten, with their ends; the newest are there."""
-    made = table(*(began(n) for n in range(1, MAX_PROCESSES + 1)), Exit(1, 1), Exit(2, 1))
+    made = table(*(began(n) for n in range(1, MAX_PROCESSES + 1)), Exit(1, 1, 0), Exit(2, 1, 0))
     made.apply(began(MAX_PROCESSES + 1), 0.0)
     assert len(made) == MAX_PROCESSES
     assert made.run(1) is None
@@ -207,7 +207,7 @@ def test_no_sequence_of_events_breaks_the_bounds(events: list[tuple[str, int, in
                 found = tgids(made.chain(tgid, (parent, 1)))
                 assert len(set(found)) == len(found) <= processes._MAX_PARENTS
             else:
-                made.apply(Exit(tgid, 0) if action == "exit" else began(tgid, parent=parent), now)
+                made.apply(Exit(tgid, 0, 0) if action == "exit" else began(tgid, parent=parent), now)
                 assert all(now - at < KEEP_SECONDS for at in made._ended.values())
             assert len(made) <= 5
             assert made._ended.keys() <= made._runs.keys()

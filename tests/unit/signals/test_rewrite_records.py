@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kptrace.dataplanes.nftables import batch
-from kptrace.signals import rewrite_kernel, rewrite_outcome, rewrite_records
-from kptrace.signals.rewrite_records import HEAD, Exec, Exit, Flag, Kind, Transaction, decode
+from kptrace.signals import rewrite_kernel, rewrite_outcome
+from kptrace.signals.rewrite_records import HEAD, Flag, Kind, Transaction, decode
 from tests.unit.c_layout import BPF, numbers, run
 
 HEADER = "kptrace/rewrite.h"
@@ -82,22 +82,6 @@ def test_a_transaction_is_read_as_c_writes_it(tmp_path: Path) -> None:
     )
 
 
-def test_processes_are_read_as_c_writes_them(tmp_path: Path) -> None:
-    """Every member of C's `struct process_record` and `struct exit_record` arrives under its own name."""
-    begun = run(
-        tmp_path,
-        HEADER,
-        "struct process_record it = { .kind = KIND_EXEC, .tgid = 2, .at_ns = 3, .cgroup = 4, .parent = 5, .netns = 6,"
-        ' .mntns = 7, .zero = 8, .comm = "nft" };\n'
-        'const char *name = "/usr/sbin/nft"; for (int i = 0; name[i]; i++) ((char *)it.name)[i] = name[i];\ndump(it);',
-    )
-    assert decode(begun) == Exec(2, 3, 4, 5, 6, 7, "nft", "/usr/sbin/nft")
-    ended = run(
-        tmp_path, HEADER, "struct exit_record it = { .kind = KIND_EXIT, .tgid = 2, .at_ns = 3 }; dump(it);"
-    )
-    assert decode(ended) == Exit(2, 3)
-
-
 def test_what_is_under_way_is_read_as_c_writes_it(tmp_path: Path) -> None:
     """C's `struct started`, the value of a map, unpacks into its members in order."""
     made = run(
@@ -114,8 +98,6 @@ def test_sizes_and_offsets_are_the_compilers(tmp_path: Path) -> None:
     expected = {
         "sizeof(struct rewrite_head)": HEAD.size,
         "__builtin_offsetof(struct rewrite_record, data)": HEAD.size,
-        "sizeof(struct process_record)": rewrite_records._PROCESS.size,
-        "sizeof(struct exit_record)": rewrite_records._EXIT.size,
         "sizeof(struct started)": rewrite_kernel._STARTED.size,
         "__builtin_offsetof(struct rewrite_head, parents)": struct.calcsize("=4I2QqQ7Ii"),
         "__builtin_offsetof(struct rewrite_head, comm)": struct.calcsize("=4I2QqQ7Ii4I"),
@@ -142,7 +124,7 @@ def test_constants_are_those_of_the_header(tmp_path: Path) -> None:
 def test_any_bytes_decode(data: bytes) -> None:
     """Nothing is raised, and a buffer that is too short for a kind's number is no record."""
     found = decode(data)
-    assert found is None or len(data) >= rewrite_records._EXIT.size
+    assert found is None or len(data) >= HEAD.size
 
 
 @given(st.sampled_from(Kind), st.binary(max_size=400))
@@ -155,10 +137,10 @@ def test_any_bytes_of_a_known_kind_decode(kind: Kind, rest: bytes) -> None:
         assert found.size >= len(found.data)
         assert found.answers >= 0
     else:
-        assert found is None or isinstance(found, Exec if kind is Kind.EXEC else Exit)
+        assert found is None
 
 
-@pytest.mark.parametrize("kind", [0, 7, 255, 1 << 31])
+@pytest.mark.parametrize("kind", [0, 5, 7, 255, 1 << 31])
 def test_an_unknown_kind_is_no_record(kind: int) -> None:
     """A kind that only a newer kernel side knows is refused, however long the record is."""
     assert decode(record(kind, copy=bytes(500))) is None
@@ -169,10 +151,8 @@ def test_an_unknown_kind_is_no_record(kind: int) -> None:
     [
         record(copy=b"copy"),
         record(Kind.REPLACE6, copy=bytes(92)),
-        struct.pack("=2I2Q4I16s128s", Kind.EXEC, 1, 2, 3, 4, 5, 6, 0, b"", b""),
-        struct.pack("=2IQ", Kind.EXIT, 1, 2),
     ],
-    ids=["batch", "replacement", "exec", "exit"],
+    ids=["batch", "replacement"],
 )
 def test_a_cut_record_is_none(whole: bytes) -> None:
     """A record decodes whole, and no shorter part of it does."""

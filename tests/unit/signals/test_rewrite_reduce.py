@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from kptrace.dataplanes.nftables.batch import TAIL_BYTES
 from kptrace.model.netfilter import DataPlane, IpFamily
 from kptrace.model.rewrite import ObjectCount, Outcome, ProcessRun, Rewrite
+from kptrace.signals.process_records import Exec
 from kptrace.signals.processes import ProcessTable
 from kptrace.signals.rewrite_labels import NONE, SEVERAL
-from kptrace.signals.rewrite_records import Exec, Flag, Kind, Transaction
+from kptrace.signals.rewrite_records import Flag, Kind, Transaction
 from kptrace.signals.rewrite_reduce import BASE_CHAINS, Reducer
 from kptrace.signals.writers import Writers
 from tests.unit.dataplanes.wire import attribute, batch, name, nft, number
@@ -120,7 +121,7 @@ def rewrite(record: Transaction, ruleset: Ruleset | None = None, *processes: Exe
 
 def began(tgid: int, executable: str, parent: int = 0) -> Exec:
     """An exec record."""
-    return Exec(tgid, 1, 2, parent, WATCHED, 4, "name", executable)
+    return Exec(tgid, 1, 2, (parent,), WATCHED, 4, "name", executable)
 
 
 def request(operation: int, table: str, *more: bytes, family: int = IPV4) -> bytes:
