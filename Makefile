@@ -14,7 +14,7 @@ ARGS ?=
 PART ?=
 KERNEL ?=
 BPF_SOURCES := $(wildcard bpf/*.c bpf/include/kptrace/*.h)
-SHELL_SOURCES := .ci/run $(wildcard tools/*.sh)
+SHELL_SOURCES := .ci/run $(wildcard tools/*.sh tools/vm/*.sh tests/cluster/tools/*.sh)
 
 .PHONY: help
 help: ## Show this list

@@ -3,7 +3,6 @@
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import threading
@@ -20,6 +19,7 @@ from kptrace.kernel.compile import Compiler
 from kptrace.signals.rewrite_kernel import REQUEST
 from kptrace.signals.rewrite_reduce import BASE_CHAINS
 from tests.native import batches
+from tests.native.programs import program_ids
 from tests.native.rewrite_bench import RewriteBench
 
 Watch = Callable[..., RewriteBench]
@@ -482,17 +482,12 @@ def test_base_chains_are_told_of(watch: Watch, namespace: Namespace) -> None:
 def test_nothing_stays_behind(bytecode: Bytecode, namespace: Namespace) -> None:
     """Closing detaches: no program of the signal is left."""
     names = ("exit_rewrite", "enter_sendmsg")
-
-    def loaded() -> int:
-        listing = subprocess.run(
-            ["bpftool", "prog", "list"], capture_output=True, text=True, check=True
-        ).stdout
-        return sum(listing.count(f"name {name}") for name in names)
-
-    if not shutil.which("bpftool"):
-        pytest.skip("needs bpftool")
-    before = loaded()
+    before = program_ids(names)
     bench = RewriteBench(bytecode, namespace)
-    assert loaded() == before + len(names)
+    own = program_ids(names) - before
+    assert len(own) == len(names)
     bench.close()
-    assert loaded() == before
+    deadline = time.monotonic() + 10
+    while (left := program_ids(names) & own) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not left

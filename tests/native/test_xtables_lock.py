@@ -2,7 +2,6 @@
 """The xtables lock on this machine's kernel: who waits and who holds, against /proc/locks, strace and our own clock."""
 
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -19,6 +18,7 @@ from kptrace.kernel.compile import Compiler
 from kptrace.signals.rewrite_kernel import REQUEST as REWRITE_REQUEST
 from kptrace.signals.task_facts import RDONLY_CAST
 from kptrace.signals.xtables_lock_kernel import REQUEST
+from tests.native.programs import program_ids
 from tests.native.rewrite_bench import RewriteBench
 from tests.native.xtables_lock_bench import TESTER, XtablesLockBench
 
@@ -391,23 +391,15 @@ def test_a_hold_from_before_us_is_not_guessed(
 def test_nothing_stays_behind(bytecode: Bytecode, namespace: Namespace, tmp_path: Path) -> None:
     """Closing detaches, twice is once, and what was counted is still there."""
     names = ("lock_decided", "enter_flock", "exit_flock")
-
-    def loaded() -> int:
-        listing = subprocess.run(
-            ["bpftool", "prog", "list"], capture_output=True, text=True, check=True
-        ).stdout
-        return sum(listing.count(f"name {name}") for name in names)
-
-    if not shutil.which("bpftool"):
-        pytest.skip("needs bpftool")
-    before = loaded()
+    before = program_ids(names)
     bench = XtablesLockBench(bytecode, namespace, tmp_path)
     (tmp_path / "rules").write_text(RULES)
-    assert loaded() == before + len(names)
+    own = program_ids(names) - before
+    assert len(own) == len(names)
     assert run(bench, RESTORE) == 0
     bench.settle()
     bench.close()
     bench.signal.close()
-    until(lambda: loaded() == before)  # the kernel frees a raw tracepoint's program a moment later
+    until(lambda: not program_ids(names) & own)  # the kernel frees a raw tracepoint's program a moment later
     assert bench.waited == {"kube-proxy": 1} == bench.held
     assert nobody_is_lost(bench)

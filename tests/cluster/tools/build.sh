@@ -41,20 +41,39 @@ need() {
         install --yes --no-install-recommends "$2"
 }
 
-# A Go that is older than go.mod asks for fetches one that is not, as a module; from 1.21 on Go does so by itself.
+# at_least VERSION VERSION: whether the second is not older than the first.
+at_least() {
+    [ "$(printf '%s\n' "$1" "$2" | sort --version-sort | head -n 1)" = "$1" ]
+}
+
+# A Go that is older than go.mod asks for is enough to fetch one that is not: Go is a Go module too.
 prepare_go() {
-    local wanted have
+    local wanted have goroot source
     wanted=$(sed -n 's/^go //p' go.mod)
     need go golang-go
     have=$(GOTOOLCHAIN=local go version | sed -E 's/^go version go([0-9.]+).*/\1/')
-    if [ "$(printf '%s\n' "$wanted" "$have" | sort -V | head -n 1)" = "$wanted" ]; then
+    if at_least "$wanted" "$have"; then
         return
     fi
-    if [ "$(printf '%s\n' 1.21 "$have" | sort -V | head -n 1)" != 1.21 ]; then
-        fail "Go $have is too old to fetch Go $wanted: install Go 1.21 or later"
+    echo "cluster tools: Go $have fetches Go $wanted, which Kubernetes needs"
+    if at_least 1.21 "$have"; then
+        export GOTOOLCHAIN=go$wanted
+        return
     fi
-    echo "cluster tools: Go $have is older than $wanted, so Go fetches that"
-    export GOTOOLCHAIN=go$wanted
+    # Until 1.21 Go did not do by itself what follows. Not here: it would not understand this folder's go.mod.
+    goroot=$root/go$wanted
+    if [ ! -x "$goroot/bin/go" ]; then
+        source=$(cd / && go mod download -json "golang.org/toolchain@v0.0.1-go$wanted.linux-$(go env GOARCH)" |
+            sed -n 's/^\t"Dir": "\([^"]*\)".*/\1/p')
+        rm -rf "$goroot.new"
+        cp --recursive "$source" "$goroot.new"
+        chmod --recursive u+w "$goroot.new"
+        chmod +x "$goroot.new"/bin/* "$goroot.new"/pkg/tool/*/*
+        mv "$goroot.new/src/_go.mod" "$goroot.new/src/go.mod"
+        mv "$goroot.new/src/cmd/_go.mod" "$goroot.new/src/cmd/go.mod"
+        mv "$goroot.new" "$goroot"
+    fi
+    export PATH=$goroot/bin:$PATH GOTOOLCHAIN=local
 }
 
 main() {
@@ -88,7 +107,7 @@ main() {
     for name in "${missing[@]}"; do
         started=$SECONDS
         # A kube-proxy of no version says so in its metrics; nice, because minutes of two cores are felt.
-        nice -n 10 go build -trimpath -o "$folder/.$name" -ldflags "-s -w -X $information.gitVersion=$version
+        quietly nice -n 10 go build -trimpath -o "$folder/.$name" -ldflags "-s -w -X $information.gitVersion=$version
             -X $information.gitMajor=1 -X $information.gitMinor=${minor%%.*}" "${programs[$name]}"
         mv "$folder/.$name" "$folder/$name"
         printf '%s\n' "$wanted" >"$folder/.$name.from"
