@@ -235,19 +235,20 @@ def test_closing_lets_answers_arrive(serve: Serve) -> None:
     gate = Gate()
     server = serve(gate)
     port = server.port
-    idle = socket.create_connection(("127.0.0.1", port), timeout=20)
     with ThreadPoolExecutor(2) as pool:
         scrape = pool.submit(get, port, "/metrics")
         assert until(lambda: gate.inside == 1)
-        closing = pool.submit(server.close)
-        assert idle.recv(1) == b""
+        # After the scrape's connection, so that it is let go after that one was told to end.
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as idle:
+            assert until(lambda: client_threads() == 2)
+            closing = pool.submit(server.close)
+            assert idle.recv(1) == b""
         gate.opened.set()
         status, headers, body = scrape.result()
         closing.result()
     assert (status, headers["connection"]) == (200, "close")
     assert b"kptrace_packets_total" in body
     assert client_threads() == 0
-    idle.close()
     server.close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
