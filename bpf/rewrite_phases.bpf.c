@@ -11,11 +11,12 @@
 #include <kptrace/rewrite_phases.h>
 
 /* What the loader fills in per function: signals/rewrite_phases_kernel.py, Hole, has the same order. */
-enum { ARG_0, ARG_1, ARG_2, RESULT, WATCHED_NETNS };
+enum { ARG_0, ARG_1, ARG_2, RESULT, WATCHED_NETNS, WORK_PER_NET, NET_WORK, NET_DESTROYED, TRANS_NET };
 
 #define NETLINK_URELEASE 1
 #define NETLINK_NETFILTER 12
 #define SO_SET_REPLACE 64
+#define WORK_PENDING 1
 #define MAX_RUNNING 1024
 #define MAX_SENDERS 1024
 #define RING_PAGES 64
@@ -140,11 +141,12 @@ static __always_inline void inner_enter(u32 kind)
 
 int commit_enter(u64 *ctx)
 {
+	struct phases *phases = mine(KIND_BATCH);
 	u32 zero = 0;
 	struct flight *all = flight.lookup(&zero);
 
-	if (all && mine(KIND_BATCH))
-		__sync_fetch_and_add(&all->commits, 1);
+	if (all && phases)
+		phases->runs = all->runs;
 	inner_enter(KIND_BATCH);
 	return 0;
 }
@@ -152,15 +154,23 @@ int commit_enter(u64 *ctx)
 int commit_leave(u64 *ctx)
 {
 	struct phases *phases = mine(KIND_BATCH);
-	u64 result;
+	u32 zero = 0;
+	struct flight *all = flight.lookup(&zero);
+	u64 result, work = 0;
 
-	if (!phases || !phases->mark_ns)
+	if (!phases || !phases->mark_ns || !all)
 		return 0;
 	phases->commit_ns += bpf_ktime_get_ns() - phases->mark_ns;
 	phases->mark_ns = 0;
 	KPT_FIELD(u64, result, ctx, RESULT);
-	if (!(u32)result)
-		phases->flags |= FLAG_COMMITTED;
+	if ((u32)result)
+		return 0;
+	phases->flags |= FLAG_COMMITTED;
+	/* A commit that deletes queues the work, which may have begun already. */
+	if (all->work)
+		KPT_AT(work, all->work);
+	if (!all->work || work & WORK_PENDING || all->runs != phases->runs)
+		all->ours = 1;
 	return 0;
 }
 
@@ -182,17 +192,42 @@ int abort_leave(u64 *ctx)
 	return 0;
 }
 
-/* nf_tables_trans_destroy_work(work): what the commits up to now took out. */
+/* Whether the worker's run takes out what the watched namespace deleted. There is one work for all namespaces, where this
+ * is told by who queued it, or (7.2) one in each, where the first of what it takes out tells.
+ */
+static __always_inline int destroys_ours(struct flight *all, u64 work)
+{
+	u64 offset, ours = all->ours;
+
+	KPT_CONSTANT(offset, WORK_PER_NET);
+	if (offset) {
+		u64 trans, net;
+
+		KPT_CONSTANT(offset, NET_WORK);
+		work -= offset;
+		KPT_CONSTANT(offset, NET_DESTROYED);
+		KPT_AT(trans, work + offset);
+		KPT_CONSTANT(offset, TRANS_NET);
+		KPT_AT(net, trans + offset);
+		return is_watched(net);
+	}
+	all->work = work;
+	all->runs++;
+	all->ours = 0;
+	return ours;
+}
+
+/* nf_tables_trans_destroy_work(work) */
 int destroy_enter(u64 *ctx)
 {
 	struct phases phases = {.kind = KIND_DESTROY};
 	u32 zero = 0;
 	struct flight *all = flight.lookup(&zero);
+	u64 work;
 
-	if (!all || all->commits == all->destroyed)
-		return 0; /* other namespaces' */
-	all->destroyed = all->commits;
-	begin(&phases);
+	KPT_FIELD(u64, work, ctx, ARG_0);
+	if (all && destroys_ours(all, work))
+		begin(&phases);
 	return 0;
 }
 

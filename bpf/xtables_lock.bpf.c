@@ -27,7 +27,7 @@
 #define NO_WAKEUP 1
 #define FORCE_WAKEUP 2
 
-#if defined(KPT_LOCK_FILE_CORE) /* struct file_lock_core: Linux kernel commit a69ce85ec9af in v6.9 */
+#if defined(KPT_LOCK_FILE_CORE) /* 6.12 has a struct file_lock_core in it, 6.1 has not */
 #define LOCK_FILE KPT_LOCK_FILE_CORE
 #define LOCK_TYPE KPT_LOCK_TYPE_CORE
 #else

@@ -14,7 +14,7 @@ from kptrace.kernel.host import Host
 from kptrace.kernel.modules import loaded_module
 from kptrace.kernel.registers import registers
 from kptrace.model.errors import KernelError, KptraceError
-from kptrace.signals.rewrite_phases_kernel import HOOKS, Hook, PhasesKernel
+from kptrace.signals.rewrite_phases_kernel import HOOKS, Hook, PhasesKernel, destroy_holes
 
 #: Built in: a module number that no module has.
 _BUILT_IN: Final = 0
@@ -77,8 +77,8 @@ class PhasesFollower:
             try:
                 if number and hook.module not in modules:
                     modules[hook.module] = self._module(kernel, hook.module)
-                function = self._describe(modules.get(hook.module, kernel), hook, number)
-                self._kernel.attach(hook, function)
+                btf = modules.get(hook.module, kernel)
+                self._kernel.attach(hook, self._describe(btf, hook, number), destroy_holes(btf))
             except BtfMissing:
                 self.missing |= {hook}
             except KptraceError as error:

@@ -8,6 +8,7 @@ from enum import IntEnum
 from types import MappingProxyType
 from typing import Final
 
+from kptrace.kernel.btf import Btf, BtfMissing
 from kptrace.kernel.bytecode import Bytecode, link
 from kptrace.kernel.compile import Request
 from kptrace.kernel.events import RingBuffer
@@ -52,6 +53,26 @@ class Hole(IntEnum):
     ARG_2 = 2
     RESULT = 3
     WATCHED_NETNS = 4
+    WORK_PER_NET = 5
+    NET_WORK = 6
+    NET_DESTROYED = 7
+    TRANS_NET = 8
+
+
+Holes = Mapping[Hole, int]
+
+
+def destroy_holes(btf: Btf) -> Holes:
+    """Where the work of `nf_tables_trans_destroy_work` is, by the BTF that has it; one for all namespaces where unknown."""
+    try:
+        return {
+            Hole.WORK_PER_NET: 1,
+            Hole.NET_WORK: btf.member_offset("nftables_pernet", "destroy_work"),
+            Hole.NET_DESTROYED: btf.member_offset("nftables_pernet", "destroy_list"),
+            Hole.TRANS_NET: btf.member_offset("nft_trans", "net") - btf.member_offset("nft_trans", "list"),
+        }
+    except BtfMissing:
+        return dict.fromkeys((Hole.WORK_PER_NET, Hole.NET_WORK, Hole.NET_DESTROYED, Hole.TRANS_NET), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +135,13 @@ class PhasesKernel:
         self._ring = RingBuffer(self._fds["events"], on_record)
         self._closed = False
 
-    def attach(self, hook: Hook, function: Function) -> None:
+    def attach(self, hook: Hook, function: Function, holes: Holes) -> None:
         """Load and attach the programs of one function.
+
+        Args:
+            hook: which programs.
+            function: where.
+            holes: of `destroy_holes`.
 
         Raises:
             PrivilegeError, KernelError, UnsupportedError: the kernel refuses.
@@ -127,7 +153,8 @@ class PhasesKernel:
                 self._code.functions[name],
                 map_fds=self._fds,
                 kfuncs=kfuncs(self._code.values),
-                constants={Hole.WATCHED_NETNS: self._netns},
+                constants={int(hole): value for hole, value in holes.items()}
+                | {Hole.WATCHED_NETNS: self._netns},
                 fields={int(hole): offset for hole, offset in fields.items()},
             )
             for name in (f"{hook.stem}_enter", f"{hook.stem}_leave")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Final
 
-PHASES: Final = struct.Struct("=4I6Q2I")
+PHASES: Final = struct.Struct("=4I7Q2I")
 #: Bytes of a batch that follow.
 HEAD_BYTES: Final = 256
 
@@ -70,7 +70,7 @@ def decode(data: bytes) -> Phases | None:
     """One record; None if it is of no known kind or cut, which would be a bug of the kernel side."""
     if len(data) < PHASES.size:
         return None
-    kind, flags, tgid, portid, begin, end, mark, inner, abort, _, size, _ = PHASES.unpack_from(data)
+    kind, flags, tgid, portid, begin, end, mark, inner, abort, _, _, size, _ = PHASES.unpack_from(data)
     if kind not in _KINDS:
         return None
     head = data[PHASES.size : PHASES.size + min(size, HEAD_BYTES)] if kind == Kind.BATCH else b""

@@ -20,6 +20,7 @@ struct phases {
 	u64 mark_ns;   /* when the inner function began, the last one of them for a replacement */
 	u64 commit_ns; /* time in nf_tables_commit(), or in xt_replace_table() */
 	u64 abort_ns;
+	u64 runs;    /* of the destroy worker, when the commit began */
 	u64 message; /* address of the batch's first message */
 	u32 size;    /* bytes of the batch from there on */
 	u32 zero;
@@ -31,8 +32,9 @@ struct phases_record {
 };
 
 struct flight {
-	u64 commits;   /* in the watched namespace */
-	u64 destroyed; /* how many of them the destroy worker has seen */
+	u64 work; /* address of the destroy worker's work */
+	u64 runs; /* of the worker */
+	u64 ours; /* whether the watched namespace left something for its next run */
 };
 
 #endif

@@ -16,7 +16,15 @@ from kptrace.model.errors import KernelError
 from kptrace.model.metrics import HistogramSample
 from kptrace.signals import rewrite_phases_follow
 from kptrace.signals.rewrite_phases_follow import PhasesFollower
-from kptrace.signals.rewrite_phases_kernel import HOOKS, LOST_REASONS, Hole, Hook, Mechanism
+from kptrace.signals.rewrite_phases_kernel import (
+    HOOKS,
+    LOST_REASONS,
+    Hole,
+    Holes,
+    Hook,
+    Mechanism,
+    destroy_holes,
+)
 from kptrace.signals.rewrite_phases_records import HEAD_BYTES, PHASES, Flag, Kind, Phases, decode
 from kptrace.signals.rewrite_phases_reduce import MAX_SENDERS, PhaseCounts
 from tests.unit.c_layout import BPF, numbers, run
@@ -70,7 +78,7 @@ def test_a_record_is_read_as_c_writes_it(tmp_path: Path) -> None:
         tmp_path,
         HEADER,
         "struct phases_record it = { { .kind = KIND_BATCH, .flags = FLAG_ABORTED | FLAG_COMMITTED, .tgid = 2, .portid = 3,"
-        " .begin_ns = 4, .end_ns = 5, .mark_ns = 6, .commit_ns = 7, .abort_ns = 8, .message = 9, .size = 10 },"
+        " .begin_ns = 4, .end_ns = 5, .mark_ns = 6, .commit_ns = 7, .abort_ns = 8, .runs = 9, .message = 9, .size = 10 },"
         " { 0x0706050403020100, 0x0f0e0d0c0b0a0908 } }; dump(it);",
     )
     both = Flag.COMMITTED | Flag.ABORTED
@@ -191,8 +199,9 @@ class Kernel:
         self.attached: list[str] = []
         self.errors: dict[str, KernelError] = {}
 
-    def attach(self, hook: Hook, function: Function) -> None:
+    def attach(self, hook: Hook, function: Function, holes: Holes) -> None:
         """Attach, or raise."""
+        assert not any(holes.values())
         assert function.name == hook.function
         if hook.function in self.errors:
             raise self.errors[hook.function]
@@ -220,6 +229,10 @@ class Types:
         """Sizes of its parameters."""
         self.func_id(name)
         return (8, 4, 16, 4)
+
+    def member_offset(self, name: str, path: str) -> int:
+        """Offset of a member."""
+        raise rewrite_phases_follow.BtfMissing(f"{name}.{path}", "member")
 
     @classmethod
     def load(cls, _path: Path, _base: "Types | None" = None) -> "Types":
@@ -319,6 +332,25 @@ def test_what_may_still_come_is_no_reason_to_give_up(types: type[Types], tmp_pat
     following = PhasesFollower(kernel, Host(sys=tmp_path))  # type: ignore[arg-type]
     following.tick()
     assert following.hopeless() == "EPERM"
+
+
+def test_the_worker_of_each_namespace_is_known_by_its_structure() -> None:
+    """Where the work is in the namespace's own structure, the run's namespace is read from what it takes out."""
+
+    class Newer(Types):
+        def member_offset(self, name: str, path: str) -> int:
+            """Offset of a member."""
+            offsets = {
+                ("nftables_pernet", "destroy_work"): 200,
+                ("nftables_pernet", "destroy_list"): 32,
+                ("nft_trans", "net"): 24,
+                ("nft_trans", "list"): 8,
+            }
+            return offsets[name, path]
+
+    expected = {Hole.WORK_PER_NET: 1, Hole.NET_WORK: 200, Hole.NET_DESTROYED: 32, Hole.TRANS_NET: 16}
+    assert destroy_holes(Newer()) == expected  # type: ignore[arg-type]
+    assert set(destroy_holes(Types()).values()) == {0}  # type: ignore[arg-type]
 
 
 def test_a_structure_by_value_takes_its_own_room(types: type[Types]) -> None:
