@@ -48,7 +48,7 @@ static __always_inline u32 copy_arguments(struct exec_record *record, u64 task)
 	asm volatile("" : "+r"(size));
 	if (size > PROCESS_ARGUMENT_BYTES)
 		size = PROCESS_ARGUMENT_BYTES;
-	if (size == 0 || bpf_probe_read_user(record->arguments, size, (void *)start))
+	if (size == 0 || kpt_read_user(record->arguments, size, (void *)start))
 		return 0;
 	return size;
 }

@@ -114,7 +114,7 @@ static __always_inline int begins_batch(u64 base)
 		u16 flags;
 	} header = {};
 
-	if (bpf_probe_read_user(&header, sizeof(header), (void *)base))
+	if (kpt_read_user(&header, sizeof(header), (void *)base))
 		return -1;
 	return header.type == BATCH_BEGIN;
 }
@@ -127,7 +127,7 @@ static __always_inline int vector_begins_batch(u64 base, u64 count)
 	for (int i = 0; i < VECTORS; i++) {
 		if (i >= count)
 			return 0;
-		if (bpf_probe_read_user(&vector, sizeof(vector), (void *)(base + i * sizeof(vector))))
+		if (kpt_read_user(&vector, sizeof(vector), (void *)(base + i * sizeof(vector))))
 			return -1;
 		if (vector.length)
 			return vector.length < 8 ? -1 : begins_batch(vector.base);
@@ -195,7 +195,7 @@ static __always_inline int enter_message(u64 *ctx, u32 flags)
 		return 0;
 	now = bpf_ktime_get_ns();
 	KPT_LOAD64(pointer, ctx, 24);
-	if (bpf_probe_read_user(&message, sizeof(message), (void *)pointer)) {
+	if (kpt_read_user(&message, sizeof(message), (void *)pointer)) {
 		lose(LOST_UNREADABLE);
 		return 0;
 	}
@@ -281,7 +281,7 @@ static __always_inline u64 append(struct rewrite_record *record, u64 at, u64 bas
 	asm volatile("%0 &= 8191" : "+r"(size));
 	if (size > COPY_BYTES || size == 0)
 		return at;
-	if (bpf_probe_read_user(&record->data[at], size, (void *)base)) {
+	if (kpt_read_user(&record->data[at], size, (void *)base)) {
 		record->head.flags |= FLAG_UNREAD;
 		return at;
 	}
@@ -290,7 +290,7 @@ static __always_inline u64 append(struct rewrite_record *record, u64 at, u64 bas
 
 static __always_inline void read_tail(struct rewrite_head *head, u64 base, u64 length)
 {
-	if (length >= TAIL_BYTES && !bpf_probe_read_user(head->tail, TAIL_BYTES, (void *)(base + length - TAIL_BYTES)))
+	if (length >= TAIL_BYTES && !kpt_read_user(head->tail, TAIL_BYTES, (void *)(base + length - TAIL_BYTES)))
 		head->flags |= FLAG_TAIL;
 }
 
@@ -306,13 +306,13 @@ static __always_inline u64 copy_batch(struct rewrite_record *record, u64 base, u
 	}
 #pragma unroll
 	for (int i = 0; i < VECTORS; i++) {
-		if (i >= count || bpf_probe_read_user(&vector, sizeof(vector), (void *)(base + i * sizeof(vector))))
+		if (i >= count || kpt_read_user(&vector, sizeof(vector), (void *)(base + i * sizeof(vector))))
 			break;
 		copied = append(record, copied, vector.base, vector.length);
 		if (copied >= COPY_BYTES)
 			break;
 	}
-	if (count && !bpf_probe_read_user(&vector, sizeof(vector), (void *)(base + (count - 1) * sizeof(vector))))
+	if (count && !kpt_read_user(&vector, sizeof(vector), (void *)(base + (count - 1) * sizeof(vector))))
 		read_tail(&record->head, vector.base, vector.length);
 	return copied;
 }

@@ -37,10 +37,6 @@ LOW32_MARK = 0x7ABC0001
 FIELD_BASE = 0x7A00
 
 
-#: Exit code of a compile child that found the BTF without something that the request needs.
-LACKING = 3
-
-
 @dataclass(frozen=True, slots=True)
 class Function:
     """One compiled program function.

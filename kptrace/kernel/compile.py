@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BCC as a compiler in a child process that exits: this process never maps LLVM.
+"""BCC as a compiler in child processes that exit: this process never maps LLVM.
 
-A request names a source file and the facts that it needs from the kernel's BTF; the child resolves the facts, hands
+A request names a source file and the facts that it needs from the kernel's BTF; a child resolves the facts, hands
 them to the source as macros, and returns bytecode, map descriptions and the facts. Answers are cached under the hash of
 everything that went in, so a restart compiles nothing.
 """
@@ -9,25 +9,27 @@ everything that went in, so a restart compiles nothing.
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from base64 import b64decode
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import structlog
 
 from kptrace import __version__
-from kptrace.kernel.bytecode import LACKING, Bytecode, Function
+from kptrace.kernel.bytecode import Bytecode, Function
+from kptrace.kernel.compile_worker import CompileWorker
 from kptrace.kernel.maps import MapSpec, MapType
 from kptrace.model.errors import CompileError, UnsupportedError
 
-_TIMEOUT_SECONDS = 120
 _FORMAT = 3
 
 #: Why there is no bytecode.
@@ -75,7 +77,7 @@ class Compiler:
         return answer
 
     def build_each(self, requests: Sequence[Request]) -> list[Bytecode | Failure]:
-        """Compile requests, in order; those that are not in the cache at the same time, each in a child of its own."""
+        """Compile requests, in order; those that are not in the cache by one child a CPU, the longest source first."""
         try:
             keys = [self._key(request) for request in requests]
         except OSError as error:
@@ -87,14 +89,25 @@ class Compiler:
                 answers[number] = cached
         self.from_cache = len(answers) == len(requests)
         missing = [number for number in range(len(requests)) if number not in answers]
-        with ThreadPoolExecutor(max_workers=max(1, len(missing))) as pool:
-            fresh = pool.map(lambda number: self._compile(requests[number], keys[number]), missing)
-            answers.update(zip(missing, fresh, strict=True))
+        questions = {number: _question(requests[number]) for number in missing}
+        queue = deque(sorted(missing, key=lambda number: -len(questions[number]["text"])))
+        children = min(len(missing), len(os.sched_getaffinity(0)))
+
+        def work() -> None:
+            with CompileWorker(self._btf, python=self._python) as worker, suppress(IndexError):
+                while True:  # until the queue is empty
+                    number = queue.popleft()
+                    answers[number] = self._compile(worker, questions[number], keys[number])
+
+        if children:
+            with ThreadPoolExecutor(max_workers=children) as pool:
+                for done in [pool.submit(work) for _ in range(children)]:
+                    done.result()
         return [answers[number] for number in range(len(requests))]
 
-    def _compile(self, request: Request, key: str) -> Bytecode | Failure:
+    def _compile(self, worker: CompileWorker, question: Mapping[str, Any], key: str) -> Bytecode | Failure:
         try:
-            text = self._run_child(request)
+            text = worker.ask(question)
             answer = _decode(text)
         except (CompileError, UnsupportedError) as error:
             return error
@@ -110,48 +123,6 @@ class Compiler:
             digest.update(entry.read_bytes())
         digest.update(repr((request.source, dict(request.facts), dict(request.defines))).encode())
         return digest.hexdigest()
-
-    def _run_child(self, request: Request) -> str:
-        root = resources.files("kptrace.bpf")
-        question = {
-            "btf": str(self._btf),
-            "include": str(root / "include"),
-            "text": (root / request.source).read_text(),
-            "facts": dict(request.facts),
-            "defines": dict(request.defines),
-        }
-        try:
-            child = subprocess.run(
-                [self._python, "-m", "kptrace.kernel.compile_child"],
-                input=json.dumps(question),
-                capture_output=True,
-                text=True,
-                timeout=_TIMEOUT_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise CompileError(
-                f"the compile child did not end within {_TIMEOUT_SECONDS} s",
-                remedy="give the daemon more CPU",
-            ) from error
-        if child.returncode == LACKING:
-            raise UnsupportedError(
-                f"this kernel's BTF has no {child.stderr.strip()}", remedy="use another mechanism, or kernel"
-            )
-        if child.returncode != 0:
-            lines = [line for line in child.stderr.strip().splitlines() if line.strip()]
-            telling = next(
-                (line for line in lines if "error:" in line), lines[-1] if lines else "it said nothing"
-            )
-            remedy = (
-                "install Debian's python3-bpfcc"
-                if "No module named 'bcc'" in child.stderr
-                else "report this as a bug"
-            )
-            raise CompileError(
-                f"the compile child failed ({child.returncode}): {telling.strip()}", remedy=remedy
-            )
-        return child.stdout
 
     def _read_cache(self, key: str) -> Bytecode | None:
         if self._cache_dir is None:
@@ -176,6 +147,16 @@ class Compiler:
             Path(temporary).rename(self._cache_dir / f"{key}.json")
         except OSError as error:
             self._log.warning("compile_cache_unwritable", path=str(self._cache_dir), error=str(error))
+
+
+def _question(request: Request) -> dict[str, Any]:
+    root = resources.files("kptrace.bpf")
+    return {
+        "include": str(root / "include"),
+        "text": (root / request.source).read_text(),
+        "facts": dict(request.facts),
+        "defines": dict(request.defines),
+    }
 
 
 def _decode(text: str) -> Bytecode:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compile child: `python -m kptrace.kernel.compile_child` with a question on stdin and the answer on stdout.
+"""The compile child: `python -m kptrace.kernel.compile_child BTF`, a line of JSON a question, and one an answer.
 
-The only importer of bcc. It makes the maps that BCC insists on, compiles, takes the bytecode out, and exits: nothing
-that it made outlives it.
+The only importer of bcc. It makes the maps that BCC insists on, compiles, takes the bytecode out, and exits at the end
+of its input: nothing that it made outlives it.
 """
 
 import ctypes
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from kptrace.kernel.btf import Btf
-from kptrace.kernel.bytecode import LACKING
 from kptrace.kernel.headers import write_tree
 from kptrace.kernel.memlock import raise_memlock
 
@@ -25,8 +24,16 @@ _LD_IMM64 = 0x18
 _PSEUDO_MAP_FD = 1
 
 
+class LackingError(Exception):
+    """The kernel's BTF has no such thing; the argument is the fact."""
+
+
 def resolve(btf: Btf, fact: str) -> int | None:
-    """One fact of a request (see `compile.Request`); None where it is optional and absent."""
+    """One fact of a request (see `compile.Request`); None where it is optional and absent.
+
+    Raises:
+        LackingError: the fact is not optional, and absent.
+    """
     optional = fact.startswith("?")
     kind, *names = fact.removeprefix("?").split(":")
     try:
@@ -42,16 +49,15 @@ def resolve(btf: Btf, fact: str) -> int | None:
     except LookupError:
         if optional:
             return None
-        sys.stderr.write(f"{fact}\n")
-        sys.exit(LACKING)
+        raise LackingError(fact) from None
     raise ValueError(f"unknown fact {fact!r}")
 
 
 def compile_one(request: dict[str, Any], btf: Btf) -> dict[str, Any]:
     """Compile the request and describe what came out."""
+    values = {name: resolve(btf, fact) for name, fact in request["facts"].items()}
     from bcc import BPF, lib  # noqa: PLC0415  (importing it maps LLVM, which a failed BTF look-up need not pay)
 
-    values = {name: resolve(btf, fact) for name, fact in request["facts"].items()}
     known = {name: value for name, value in values.items() if value is not None}
     flags = [f"-D{name}={value}" for name, value in {**known, **request["defines"]}.items()]
     # BCC hands the source to clang as a virtual main file, so its own folder is no include path.
@@ -96,8 +102,7 @@ def relocatable(code: bytes, map_names: dict[int, str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer one question."""
-    question = json.load(sys.stdin)
+    """Answer questions until there are no more."""
     if trouble := raise_memlock():
         sys.stderr.write(f"{trouble}\n")
     with tempfile.TemporaryDirectory(prefix="kptrace-headers-") as folder:
@@ -108,9 +113,14 @@ def main() -> None:
             page_size=os.sysconf("SC_PAGE_SIZE"),
         )
         os.environ["BCC_KERNEL_SOURCE"] = str(tree)
-        btf = Btf.load(Path(question["btf"]))
-        answer = compile_one(question, btf)
-    json.dump(answer, sys.stdout)
+        btf = Btf.load(Path(sys.argv[1]))
+        for line in sys.stdin:
+            try:
+                answer = compile_one(json.loads(line), btf)
+            except LackingError as error:
+                answer = {"lacking": error.args[0]}
+            sys.stdout.write(f"{json.dumps(answer)}\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

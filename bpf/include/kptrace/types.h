@@ -17,6 +17,9 @@
 /* The low 32 bits of a kernel pointer as a number: kernel/bytecode.py, LOW32_MARK. */
 #define KPT_LOW32(to, pointer) asm volatile("%0 = %1; %0 += 0x7abc0001" : "=r"(to) : "r"(pointer))
 
+/* bpf_probe_read_user() by another name: at its own, BCC reads all of /proc/kallsyms to see whether the kernel has it. */
+static long (*kpt_read_user)(void *to, u32 size, const void *from) = (void *)112;
+
 #define KPT_NF_ACCEPT 1
 #define KPT_F_MMAPABLE 1024
 
