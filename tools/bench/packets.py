@@ -22,7 +22,7 @@ from kptrace.signals.lookup_kernel import LookupKernel
 from kptrace.signals.sampling import Sampling
 
 CHAIN = "table ip t { chain c { type filter hook output priority -100; udp dport 5353 counter; }; }"
-ROUNDS = 100
+ROUNDS = 150
 PACKETS = 20_000
 
 
