@@ -14,6 +14,7 @@ from kptrace.dataplanes.iptables.entries import table_entries
 from kptrace.dataplanes.iptables.legacy import table_names
 from kptrace.dataplanes.nftables.dump import Interrupted, RulesetDump, open_channel
 from kptrace.dataplanes.nftables.netlink import NetlinkError
+from kptrace.dataplanes.nftables.object_changes import apply_batch
 from kptrace.dataplanes.nftables.objects import Inventory
 from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.netfilter import DataPlane, IpFamily
@@ -110,7 +111,7 @@ class RulesetObjects:
             return
         self._rows = None
         if whole and self._follows(transaction, inventory):
-            inventory.apply(transaction.data)
+            apply_batch(inventory, transaction.data)
         else:
             inventory.exact = False
         if self._exact_sequence:

@@ -24,6 +24,7 @@ from kptrace.dataplanes.nftables.netlink import (
     messages,
     request,
 )
+from kptrace.dataplanes.nftables.object_changes import take_object
 from kptrace.dataplanes.nftables.objects import Inventory
 
 _RECEIVE_BYTES = 1 << 16
@@ -84,7 +85,7 @@ class RulesetDump:
                 if message in (NLMSG_DONE, NLMSG_ERROR):
                     _check(kind, data, start, end)
                     return
-                self.inventory.take(data[start:end])
+                take_object(self.inventory, data[start:end])
             yield
 
     def _generation(self) -> int:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kptrace.dataplanes.nftables import objects
+from kptrace.dataplanes.nftables.object_changes import apply_batch, take_object
 from kptrace.dataplanes.nftables.objects import Inventory
 from tests.unit.dataplanes.wire import attribute, batch, message, name, nft, number
 
@@ -66,7 +67,8 @@ def hook(number_: int) -> bytes:
 def filled(*more: bytes) -> Inventory:
     """A table with the chains a (two rules), b (one) and a set s of three, and what more is committed then."""
     made = Inventory(7)
-    made.apply(
+    apply_batch(
+        made,
         batch(
             table(),
             chain(NEWCHAIN, "a"),
@@ -76,10 +78,10 @@ def filled(*more: bytes) -> Inventory:
             rule(NEWRULE, name(2, "b")),
             set_(NEWSET, "s"),
             elements(NEWSETELEM, "s", element(1), element(2), element(3)),
-        )
+        ),
     )
     assert made.exact
-    made.apply(batch(*more))
+    apply_batch(made, batch(*more))
     return made
 
 
@@ -182,12 +184,13 @@ def test_inexact_sizes_stay_so() -> None:
 def test_a_hook_in_a_delete_only_spares_chains_of_devices(family: int, number_: int, left: int) -> None:
     """`iptables-nft -X` names the hook and the chain is gone; at ingress hooks the chain only loses devices."""
     inventory = Inventory()
-    inventory.apply(
+    apply_batch(
+        inventory,
         batch(
             table(family=family),
             *(chain(NEWCHAIN, each, hook(number_), family=family) for each in "abc"),
             chain(DELCHAIN, "b", hook(number_), family=family),
-        )
+        ),
     )
     found = inventory.tables[family, "t"]
     assert (len(found.chains), len(found.base)) == (left, left)
@@ -200,7 +203,7 @@ def test_base_chains_are_known_by_name() -> None:
         chain(NEWCHAIN, "x", hook(1)), chain(NEWCHAIN, "a", hook(2)), chain(NEWCHAIN, "y", hook(3))
     )
     assert inventory.tables[IPV4, "t"].base == {"x", "a", "y"}
-    inventory.apply(batch(chain(DELCHAIN, "y")))
+    apply_batch(inventory, batch(chain(DELCHAIN, "y")))
     assert inventory.tables[IPV4, "t"].base == {"x", "a"}
 
 
@@ -227,7 +230,7 @@ def test_another_processs_own_table_survives_a_flush() -> None:
     """Only the owner's flush takes an owned table: who asked is not told, so it stays and the sizes are inexact."""
     inventory = filled(table(NEWTABLE, "firewalld", number(2, 2)), chain(NEWCHAIN, "x", of="firewalld"))
     assert inventory.dynamic
-    inventory.apply(batch(do(DELTABLE, family=0)))
+    apply_batch(inventory, batch(do(DELTABLE, family=0)))
     assert inventory.tables.keys() == {(IPV4, "firewalld")}
     assert sizes(inventory, of="firewalld") == (1, 0, 0, 0)
     assert not inventory.exact
@@ -245,7 +248,7 @@ def test_sets_that_change_by_themselves_are_known(flags: int, dynamic: bool) -> 
 def test_keys_are_the_same_from_requests_and_dumps() -> None:
     """The flag for nested attributes differs between them, the element does not."""
     inventory = filled()
-    inventory.take(elements(NEWSETELEM, "s", element(3, nested=0)))
+    take_object(inventory, elements(NEWSETELEM, "s", element(3, nested=0)))
     assert sizes(inventory) == (2, 3, 1, 3)
 
 
@@ -265,17 +268,20 @@ def test_names_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     for make in every:
         inventory = filled()  # four names
-        inventory.apply(batch(*map(make, range(6))))
+        apply_batch(inventory, batch(*map(make, range(6))))
         assert inventory.exact
-        inventory.apply(batch(*map(make, range(2_000))))
+        apply_batch(inventory, batch(*map(make, range(2_000))))
         assert not inventory.exact
         assert sum(1 + len(each.chains) + len(each.sets) for each in inventory.tables.values()) == 10
     inventory = filled()
     for n in range(30):
-        inventory.apply(
-            batch(chain(NEWCHAIN, f"c{n}", hook(1)), set_(NEWSET, f"s{n}"), table(NEWTABLE, f"t{n}"))
+        apply_batch(
+            inventory,
+            batch(chain(NEWCHAIN, f"c{n}", hook(1)), set_(NEWSET, f"s{n}"), table(NEWTABLE, f"t{n}")),
         )
-        inventory.apply(batch(chain(DELCHAIN, f"c{n}"), set_(DELSET, f"s{n}"), table(DELTABLE, f"t{n}")))
+        apply_batch(
+            inventory, batch(chain(DELCHAIN, f"c{n}"), set_(DELSET, f"s{n}"), table(DELTABLE, f"t{n}"))
+        )
     assert inventory.exact
     assert inventory.tables[IPV4, "t"].base == set()
 
@@ -285,8 +291,12 @@ def test_elements_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "MAX_ELEMENTS", 10)
     inventory = filled()
     for n in range(30):
-        inventory.apply(batch(elements(NEWSETELEM, "s", *(element(n * 10 + k) for k in range(10, 17)))))
-        inventory.apply(batch(elements(DELSETELEM, "s", *(element(n * 10 + k) for k in range(10, 17)))))
+        apply_batch(
+            inventory, batch(elements(NEWSETELEM, "s", *(element(n * 10 + k) for k in range(10, 17))))
+        )
+        apply_batch(
+            inventory, batch(elements(DELSETELEM, "s", *(element(n * 10 + k) for k in range(10, 17))))
+        )
     assert sizes(inventory) == (2, 3, 1, 3)
     for vanish in (elements(DELSETELEM, "s"), set_(DELSET, "s"), table(DELTABLE)):
         inventory = filled(
@@ -302,7 +312,7 @@ def test_elements_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_any_bytes_can_be_applied(data: bytes) -> None:
     """Nothing is raised, and no more is found than there can be in so few bytes."""
     inventory = filled()
-    inventory.apply(data)
+    apply_batch(inventory, data)
     assert sum(sum(each.counts().values()) for each in inventory.tables.values()) <= 9 + len(data)
 
 
@@ -317,7 +327,9 @@ attributes_ = st.builds(attribute, st.integers(0, 16) | st.integers(0x8000, 0x80
 def test_any_messages_can_be_applied(requests: list[tuple[int, list[bytes], int]]) -> None:
     """Whatever attributes requests have, nothing is raised and no count is negative."""
     inventory = filled()
-    inventory.apply(batch(*(do(operation, *each, family=family) for operation, each, family in requests)))
+    apply_batch(
+        inventory, batch(*(do(operation, *each, family=family) for operation, each, family in requests))
+    )
     for each in inventory.tables.values():
         assert all(count >= 0 for count in each.counts().values())
     assert 0 <= inventory._names == sum(1 + len(t.chains) + len(t.sets) for t in inventory.tables.values())
@@ -384,20 +396,23 @@ class Kernel:
     def dump(self) -> Inventory:
         """An inventory from what the kernel lists."""
         inventory = Inventory()
-        inventory.take(nft(NEWTABLE, name(1, "t")))
+        take_object(inventory, nft(NEWTABLE, name(1, "t")))
         for each in self.chains:
             more = [hook(1)] if each in self.base else []
-            inventory.take(nft(NEWCHAIN, name(1, "t"), attribute(2, HANDLE), name(3, each), *more))
+            take_object(inventory, nft(NEWCHAIN, name(1, "t"), attribute(2, HANDLE), name(3, each), *more))
         for each, rules in self.chains.items():
             for _ in rules:
-                inventory.take(nft(NEWRULE, name(1, "t"), name(2, each), attribute(3, HANDLE), flags=0x802))
-        inventory.take(nft(NEWRULE, name(1, "t"), name(2, "__chain7"), flags=0x802))
+                take_object(
+                    inventory, nft(NEWRULE, name(1, "t"), name(2, each), attribute(3, HANDLE), flags=0x802)
+                )
+        take_object(inventory, nft(NEWRULE, name(1, "t"), name(2, "__chain7"), flags=0x802))
         for each, keys in self.sets.items():
-            inventory.take(nft(NEWSET, name(1, "t"), name(2, each), number(3, 0)))
-            inventory.take(
-                nft(NEWSETELEM, name(1, "t"), name(2, each), attribute(3, b"".join(map(element, keys))))
+            take_object(inventory, nft(NEWSET, name(1, "t"), name(2, each), number(3, 0)))
+            take_object(
+                inventory,
+                nft(NEWSETELEM, name(1, "t"), name(2, each), attribute(3, b"".join(map(element, keys)))),
             )
-        inventory.take(nft(NEWSET, name(1, "t"), name(2, "__set3"), number(3, ANONYMOUS)))
+        take_object(inventory, nft(NEWSET, name(1, "t"), name(2, "__set3"), number(3, ANONYMOUS)))
         return inventory
 
 
@@ -417,8 +432,8 @@ ACTIONS = (
 def test_batches_followed_equal_a_dump(batches: list[list[tuple[str, str, int]]]) -> None:
     """After any batches that tell everything, the inventory that followed them is the one of a dump, and exact."""
     kernel, followed = Kernel(), Inventory()
-    followed.apply(batch(table()))
+    apply_batch(followed, batch(table()))
     for actions in batches:
-        followed.apply(batch(*(each for action in actions for each in kernel.step(*action))))
+        apply_batch(followed, batch(*(each for action in actions for each in kernel.step(*action))))
     assert followed.exact
     assert state(followed) == state(kernel.dump())
