@@ -76,7 +76,7 @@ golden: setup ## Rewrite the golden files from what the code says now; review th
 	$(STEP) "golden files" $(PYTEST) tests/unit --update-golden $(ARGS)
 
 .PHONY: bench
-bench: setup ## Measure what kptrace costs and write docs/overhead.md (ARGS=--check)
+bench: setup ## Measure what kptrace costs and write docs/overhead.md (ARGS=--check, ARGS=--instructions: in a test machine)
 	$(STEP) "benchmark" $(BIN)/python tools/bench $(ARGS)
 
 .PHONY: acceptance

@@ -273,13 +273,14 @@ static __always_inline u64 append(struct rewrite_record *record, u64 at, u64 bas
 {
 	u64 size = length > COPY_BYTES ? COPY_BYTES : length;
 
-	if (at >= COPY_BYTES)
+	if (at >= COPY_BYTES || size == 0)
 		return at;
 	if (size > COPY_BYTES - at)
 		size = COPY_BYTES - at;
 	asm volatile("%0 &= 4095" : "+r"(at));
 	asm volatile("%0 &= 8191" : "+r"(size));
-	if (size > COPY_BYTES || size == 0)
+	/* Alone: with another comparison clang makes one of both, on a copy, which says nothing to verifiers before v6.11. */
+	if (size > COPY_BYTES)
 		return at;
 	if (kpt_read_user(&record->data[at], size, (void *)base)) {
 		record->head.flags |= FLAG_UNREAD;

@@ -14,6 +14,7 @@ COMMANDS = {
     "run": "Measure this node and serve /metrics.",
     "check": "Say what can be measured on this node, and why not the rest.",
     "demo": "Run the whole path on an embedded node and print what it measured.",
+    "explain": "Say what a first packet to a Service walks and costs, and what changed.",
     "version": "Print the version.",
 }
 _INTERRUPTED = 130

@@ -8,7 +8,15 @@ from typing import Any, get_args
 import click
 
 from kptrace.cli import logs
-from kptrace.daemon.settings import DEFAULT_LISTEN, IdentityLevel, LookupMechanism, Settings, parse_budget
+from kptrace.daemon.settings import (
+    DEFAULT_LISTEN,
+    DEFAULT_SOCKET,
+    IdentityLevel,
+    LookupMechanism,
+    Settings,
+    parse_budget,
+    parse_share,
+)
 from kptrace.kernel.host import Host
 from kptrace.model.errors import UsageError
 from kptrace.signals.sampling import Sampling
@@ -57,6 +65,12 @@ def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
 @click.option("--tls-certificate", type=_FILE, help="PEM certificate chain of the server.")
 @click.option("--tls-key", type=_FILE, help="PEM key of the server.")
 @click.option("--tls-client-ca", type=_FILE, help="PEM authority that client certificates must be signed by.")
+@click.option(
+    "--local-socket",
+    default=DEFAULT_SOCKET,
+    show_default=True,
+    help="Where root on this node finds /status with all names, and records; 'none'.",
+)
 @click.option("--identity-file", type=_FILE, help="Manifests to take names from, instead of the API server.")
 @click.option(
     "--identity",
@@ -66,7 +80,20 @@ def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
     help="What to watch.",
 )
 @click.option("--kubeconfig", type=_FILE, help="How to reach the API server; default: in-cluster.")
+@click.option(
+    "--start-delay",
+    type=click.FloatRange(0, 600),
+    default=60.0,
+    show_default=True,
+    help="Longest random wait before the API server is asked, seconds: a roll-out starts all nodes at once.",
+)
 @click.option("--node-name", default="", help="This node's name.")
+@click.option(
+    "--kube-proxy-metrics",
+    default="",
+    metavar="URL",
+    help="Compare with kube-proxy's own metrics, as at http://127.0.0.1:10249.",
+)
 @click.option("--sample", default="1:64", show_default=True, help="'all', REST or FIRST:REST divisors.")
 @click.option("--overhead-budget", default="0.5%", show_default=True, help="Share of one core, or 'off'.")
 @click.option("--brackets-with-nfqueue", is_flag=True, help="Bracket a namespace that has an NFQUEUE.")
@@ -78,6 +105,19 @@ def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
     help="How to time look-ups.",
 )
 @click.option("--rewrites/--no-rewrites", default=True, show_default=True, help="Measure rule changes.")
+@click.option(
+    "--programming-nodes",
+    default="5%",
+    show_default=True,
+    help="Share of the nodes that watch EndpointSlices and time each change until the kernel has it, or 'off'.",
+)
+@click.option(
+    "--drift-after",
+    type=click.FloatRange(1, 86_400),
+    default=60.0,
+    show_default=True,
+    help="How long the installed endpoints of a Service must differ from the API's to be drift, seconds.",
+)
 @click.option("--writer", "writers", multiple=True, metavar="NAME=PATTERN", help="Another writer class.")
 @click.option(
     "--max-series",
@@ -122,6 +162,8 @@ def command(
     log_level: str,
     sample: str,
     overhead_budget: str,
+    programming_nodes: str,
+    local_socket: str,
     cache_dir: str,
     proc_root: Path,
     sys_root: Path,
@@ -133,6 +175,8 @@ def command(
     settings = Settings(
         sampling=Sampling.parse(sample),
         overhead_budget=parse_budget(overhead_budget),
+        programming_nodes=parse_share(programming_nodes),
+        local_socket=None if local_socket == "none" else Path(local_socket),
         cache_dir=None if cache_dir == "none" else Path(cache_dir),
         host=Host(proc=proc_root, sys=sys_root),
         writers=tuple(writers),

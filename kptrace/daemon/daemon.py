@@ -9,9 +9,11 @@ from pathlib import Path
 
 import structlog
 
+from kptrace.daemon.local import open_local
 from kptrace.daemon.loop import Loop
 from kptrace.daemon.parts import Parts
 from kptrace.daemon.settings import Settings
+from kptrace.export.listen import listen_tcp
 from kptrace.export.registry import Exporter
 from kptrace.export.selfmetrics import SelfMetrics
 from kptrace.export.server import MetricsServer, TlsFiles
@@ -44,9 +46,15 @@ class Daemon:
                 stack.callback(signal.signal, number, before)
             parts = Parts(self._settings, loop)
             stack.callback(parts.close)
-            server = self._server(parts)
+            exporter = self._exporter(parts)
+            server = self._server(parts, exporter)
             stack.callback(server.close)
             server.start()
+            if self._settings.local_socket is not None:
+                local = open_local(self._settings.local_socket, parts, exporter)
+                if local is not None:
+                    stack.callback(local.close)
+                    local.start()
             parts.start()
             if self._settings.ready_file is not None:
                 _write_whole(self._settings.ready_file, f"{server.port}\n")
@@ -54,20 +62,23 @@ class Daemon:
             loop.run()
             self._log.info("stopping")
 
-    def _server(self, parts: Parts) -> MetricsServer:
-        settings = self._settings
-        own = SelfMetrics(parts.states, parts.losses)
+    def _exporter(self, parts: Parts) -> Exporter:
+        own = SelfMetrics(parts.states, parts.losses, proxy=parts.proxy)
 
         def sources() -> Sequence[Source]:
             return [*parts.sources, own]
 
+        return Exporter(sources, max_series=self._settings.max_series)
+
+    def _server(self, parts: Parts, exporter: Exporter) -> MetricsServer:
+        settings = self._settings
         tls = None
         if settings.tls_certificate is not None and settings.tls_key is not None:
             tls = TlsFiles(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
         return MetricsServer(
-            settings.address(),
-            Exporter(sources, max_series=settings.max_series),
-            StatusPage(parts.states, parts.sections),
+            listen_tcp(settings.address()),
+            exporter,
+            StatusPage(parts.states, lambda: parts.sections(names=settings.status_names)),
             lambda: parts.ready,
             tls,
         )

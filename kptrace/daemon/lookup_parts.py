@@ -52,6 +52,7 @@ def _start_bracket(node: Node, code: Bytecode) -> Running:
     node.identity.subscribe(lookup.set_identity)
     lookup.set_identity(node.identity.snapshot())
 
+    node.shared.explain.append(lookup.explain)
     node.shared.committed.append(_Follow(node.loop, lookup, chains))
     return lookup
 

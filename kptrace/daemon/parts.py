@@ -1,17 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sources that one daemon runs: which parts this kernel and the settings allow, compiled and started."""
 
-import threading
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
 import structlog
 
-from kptrace.daemon import lookup_parts, rewrite_parts
+from kptrace.daemon import (
+    drift_parts,
+    kube_proxy_parts,
+    lookup_parts,
+    phases_parts,
+    programming_parts,
+    rewrite_parts,
+)
+from kptrace.daemon.explaining import explain_service
+from kptrace.daemon.late import LateParts, Listener
 from kptrace.daemon.loop import Loop
-from kptrace.daemon.part import Node, Part, Running, Unused
-from kptrace.daemon.settings import Settings
+from kptrace.daemon.part import Node, Part, Running, Shared
+from kptrace.daemon.recent import FlightRecorder
+from kptrace.daemon.settings import Settings, programming_off
+from kptrace.daemon.unused import STARTING, Unused
+from kptrace.dataplanes.services_touched import index_of, services_touched
+from kptrace.dataplanes.told import Touched
 from kptrace.identity.resources import Level
 from kptrace.identity.source import Identity, IdentitySettings
 from kptrace.kernel.bytecode import Bytecode
@@ -21,15 +33,27 @@ from kptrace.kernel.features import TABLE, probe
 from kptrace.kernel.memlock import raise_memlock
 from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.errors import CompileError, KernelError, KptraceError, PrivilegeError, UnsupportedError
+from kptrace.model.rewrite import Rewrite
 from kptrace.model.signal import MechanismState, Source, State
+from kptrace.signals.clocks import unix_ns
 from kptrace.signals.mechanisms import SLOW_FEATURES, judge_all
 
 IDENTITY_POLL_SECONDS = 0.5
 #: Without these nothing can be loaded or linked, and no namespace entered.
 _NEEDED = (Capability.BPF, Capability.PERFMON, Capability.NET_ADMIN, Capability.SYS_ADMIN)
 
+_NO_CODE = Bytecode({}, {}, {})
+
+
 #: Every part there is. Those of one group are tried in this order.
-PARTS: tuple[Part, ...] = (*lookup_parts.PARTS, *rewrite_parts.PARTS)
+PARTS: tuple[Part, ...] = (
+    *lookup_parts.PARTS,
+    *rewrite_parts.PARTS,
+    *phases_parts.PARTS,
+    *programming_parts.PARTS,
+    *drift_parts.PARTS,
+    *kube_proxy_parts.PARTS,
+)
 
 
 class Parts:
@@ -54,10 +78,14 @@ class Parts:
                 file=settings.identity_file,
                 kubeconfig=settings.kubeconfig,
                 node=settings.node_name,
+                endpoint_slices=not programming_off(settings),
+                start_delay=settings.start_delay,
             )
         )
         self._stack.callback(identity.close)
-        self._node = Node(settings, loop, netns, identity, self._stack)
+        self._recorder = FlightRecorder(unix_ns, self._touches)
+        shared = Shared(recorder=self._recorder, written=[self._recorder.written])
+        self._node = Node(settings, loop, netns, identity, self._stack, shared)
         self._unused = Unused()
         self._running: list[Running] = []
         self._failures: list[KptraceError] = []
@@ -74,6 +102,10 @@ class Parts:
         """Every mechanism's state."""
         return [state for source in self.sources for state in source.states()]
 
+    def proxy(self) -> tuple[str, str]:
+        """kube-proxy's mode and version, as it says itself; empty where nobody asks it."""
+        return self._node.shared.proxy()
+
     def losses(self) -> Mapping[tuple[str, str], int]:
         """Lost events by signal and reason."""
         totals = {("daemon", "callback_failed"): self._loop.failures}
@@ -81,16 +113,30 @@ class Parts:
             totals.update(source.losses())
         return totals
 
-    def sections(self) -> Mapping[str, object]:
-        """What /status shows besides the states."""
+    def _touches(self, rewrite: Rewrite, data: bytes) -> Touched:
+        """The Service ports that a transaction writes: for a record, which is rare."""
+        index = index_of(self._node.identity.snapshot())
+        return services_touched(rewrite.dataplane, data, rewrite.size, index)
+
+    def sections(self, *, names: bool) -> Mapping[str, object]:
+        """What /status shows besides the states; names of services and pods only where `names`."""
         losses = {f"{signal}/{reason}": count for (signal, reason), count in self.losses().items()}
         sections: dict[str, object] = {
             "netns": str(self._settings.netns or "own"),
             "compiled from cache": self.from_cache,
         }
         for source in self._running:
-            sections.update(source.status(names=self._settings.status_names))
-        return {**sections, "losses": losses}
+            sections.update(source.status(names=names))
+        return {**sections, "records": self._recorder.rows(names=names), "losses": losses}
+
+    def record(self, number: str) -> Mapping[str, object] | None:
+        """One record of the flight recorder, with names; None if there is none of this number."""
+        return self._recorder.row(number)
+
+    def explain(self, namespace: str, name: str) -> Mapping[str, object] | None:
+        """All that is known of a Service, with names; None if nobody knows it."""
+        snapshot = self._node.identity.snapshot()
+        return explain_service((namespace, name), snapshot, self._recorder, self._node.shared.explain)
 
     def start(self) -> None:
         """Compile, attach and begin; names from a file are known when this returns.
@@ -104,14 +150,21 @@ class Parts:
         self._node.identity.start()
         states = {(state.signal, state.mechanism): state for state in self._probe()}
         self._unused.add(states.values())
-        candidates = [part for part in self._parts if self._wanted(part, states)]
+        wanted = [part for part in self._parts if self._wanted(part, states)]
+        late = [part for part in wanted if part.late]
+        for part in late:
+            self._unused.off(part, STARTING, "after the signals that others wait for")
+        candidates = [part for part in wanted if not part.late]
+        running: dict[str, str] = {}
         while candidates:
             # At most one of each group at a time: where it works, the others are not even compiled.
             first = {part.group: part for part in reversed(candidates)}
             started = self._start_each([part for part in candidates if part is first[part.group]])
+            running |= {group: first[group].mechanism for group in started}
             candidates = [
                 part for part in candidates if part is not first[part.group] and part.group not in started
             ]
+        self._unused.settle(self._parts, running)
         if not self._running and self._failures:
             for failure in self._failures:
                 if isinstance(failure, CompileError):
@@ -123,8 +176,11 @@ class Parts:
                 f"nothing can be measured on this kernel: {reasons}",
                 remedy="see `kptrace check`, and docs/support.md for the kernels that are supported",
             )
-        rest = frozenset(states) - {(row.signal, row.mechanism) for s in self._running for row in s.states()}
-        threading.Thread(target=self._probe_rest, args=[rest], name="kptrace-probe", daemon=True).start()
+        rest = LateParts(
+            self._node, late, Listener(self._unused.learn, self._running_late, self._refused_late)
+        )
+        self._stack.callback(rest.close)
+        rest.start()
         self._loop.call_every(IDENTITY_POLL_SECONDS, self._node.identity.poll)
         self._started = True
 
@@ -147,8 +203,7 @@ class Parts:
     def _wanted(self, part: Part, states: Mapping[tuple[str, str], MechanismState]) -> bool:
         """Whether to try a part; if not, its state says why."""
         if disabled := part.disabled(self._settings):
-            row = MechanismState(part.signal, part.mechanism, State.OFF, "disabled", disabled)
-            self._unused.add([row])
+            self._unused.off(part, "disabled", disabled)
             return False
         known = states[part.signal, part.mechanism]
         if known.state is State.UNAVAILABLE:
@@ -159,12 +214,13 @@ class Parts:
     def _start_each(self, parts: list[Part]) -> set[str]:
         """Compile together, start one after the other; return the groups of those that run."""
         compiler = Compiler(self._settings.host.vmlinux_btf, self._settings.cache_dir)
-        answers = compiler.build_each([part.request for part in parts])
+        answers = iter(compiler.build_each([part.request for part in parts if part.request is not None]))
         self.from_cache = self.from_cache and compiler.from_cache
         running = set()
-        for part, answer in zip(parts, answers, strict=True):
+        for part in parts:
+            answer = _NO_CODE if part.request is None else next(answers)
             if not isinstance(answer, Bytecode):
-                reason = "compile_failed" if isinstance(answer, CompileError) else "btf_lacking"
+                reason = "btf_lacking" if isinstance(answer, UnsupportedError) else _reason(answer)
                 self._unavailable(part, reason, answer)
             elif self._start_one(part, answer):
                 running.add(part.group)
@@ -174,20 +230,17 @@ class Parts:
         with ExitStack() as own:
             try:
                 source = part.start(replace(self._node, stack=own), code)
-            except UnsupportedError as error:
-                self._unavailable(part, "unsupported", error)
-                return False
-            except (KernelError, PrivilegeError) as error:
-                # All capabilities are there (`_probe`): it is the kernel that does not let anybody do this.
-                self._unavailable(part, "attach_refused", error)
+            except (UnsupportedError, KernelError, PrivilegeError) as error:
+                self._unavailable(part, _reason(error), error)
                 return False
             self._stack.push(own.pop_all())
-        self._unused.rows = {
-            key: row for key, row in self._unused.rows.items() if key != (part.signal, part.mechanism)
-        }
+        self._take(part, source)
+        return True
+
+    def _take(self, part: Part, source: Running) -> None:
+        self._unused.remove(part)
         self._running.append(source)
         self.sources.append(source)
-        return True
 
     def _unavailable(self, part: Part, reason: str, error: KptraceError) -> None:
         """Go on without a mechanism; its state says why.
@@ -196,7 +249,7 @@ class Parts:
             CompileError: BCC cannot compile what the user asked for.
             UnsupportedError: the user asked for just this mechanism.
         """
-        if part.alternative and self._settings.lookup_mechanism == part.mechanism:
+        if part.signal == "lookup" and self._settings.lookup_mechanism == part.mechanism:
             if isinstance(error, CompileError):
                 raise error
             raise UnsupportedError(
@@ -215,23 +268,20 @@ class Parts:
         row = MechanismState(part.signal, part.mechanism, State.UNAVAILABLE, reason, detail)
         self._unused.add([row])
 
-    def _probe_rest(self, rest: frozenset[tuple[str, str]]) -> None:
-        """Find out about the mechanisms that are not in use, beside the running signals."""
-        try:
-            fresh = judge_all(probe(self._settings.host))
-        except KptraceError as error:
-            self._log.warning("probe_failed", error=str(error))
-            return
-        self._loop.call_soon_threadsafe(
-            lambda: self._unused.add(
-                row
-                for row in fresh
-                if (row.signal, row.mechanism) in rest
-                # What was found while starting says more than the probe.
-                and self._unused.rows[row.signal, row.mechanism].state is State.ACTIVE
-            )
-        )
+    def _running_late(self, part: Part, source: Running) -> None:
+        self._take(part, source)
+        self._unused.settle(self._parts, {part.group: part.mechanism})
+
+    def _refused_late(self, part: Part, error: KptraceError) -> None:
+        self._unavailable(part, _reason(error), error)
 
     def close(self) -> None:
         """Detach and free everything, in reverse order. Idempotent."""
         self._stack.close()
+
+
+def _reason(error: KptraceError) -> str:
+    if isinstance(error, CompileError):
+        return "compile_failed"
+    # All capabilities are there (`_probe`): it is the kernel that does not let anybody do this.
+    return "unsupported" if isinstance(error, UnsupportedError) else "attach_refused"

@@ -11,11 +11,13 @@ from kptrace.signals.process_kernel import REQUEST as PROCESS_REQUEST
 from kptrace.signals.process_watch import ProcessWatch
 from kptrace.signals.rewrite import Options, RewriteSignal
 from kptrace.signals.rewrite_kernel import REQUEST
+from kptrace.signals.sync_events import Phase, Sync
 from kptrace.signals.sync_signal import SyncSignal
 from kptrace.signals.writers import WriterRule, Writers, parse_writer
 from kptrace.signals.xtables_lock import Options as LockOptions
 from kptrace.signals.xtables_lock import XtablesLockSignal
 from kptrace.signals.xtables_lock_kernel import REQUEST as LOCK_REQUEST
+from kptrace.signals.xtables_lock_records import LockState
 
 SYNC_TICK_SECONDS = 0.5
 
@@ -29,6 +31,10 @@ def _start(node: Node, code: Bytecode) -> Running:
         for listener in node.shared.rewritten:
             listener(rewrite)
 
+    def written(rewrite: Rewrite, data: bytes) -> None:
+        for listener in node.shared.written:
+            listener(rewrite, data)
+
     rewrite = RewriteSignal(
         code,
         node.netns,
@@ -38,10 +44,12 @@ def _start(node: Node, code: Bytecode) -> Running:
         Options(writers=_writers(node.settings)),
         node.shared.processes,
         rewritten,
+        written,
     )
     node.stack.callback(rewrite.close)
     rewrite.start()
     node.shared.consume_rewrites = rewrite.consume
+    node.shared.rewrite_losses = rewrite.losses
     return rewrite
 
 
@@ -50,33 +58,55 @@ def _start_sync(node: Node, code: Bytecode) -> Running:
     watch = ProcessWatch(code, host)
     node.stack.callback(watch.close)
     writers = Writers(_writers(node.settings))
-    sync = SyncSignal(node.netns.inode, lambda: watch.table, writers, host, lost=watch.losses)
+
+    def synced(run: Sync) -> None:
+        for listener in node.shared.synced:
+            listener(run)
+
+    sync = SyncSignal(
+        node.netns.inode,
+        lambda: watch.table,
+        writers,
+        host,
+        synced,
+        watch.losses,
+        record=node.shared.recorder.sync,
+    )
 
     def tick() -> None:
         until = time.monotonic_ns()
         node.shared.consume_rewrites()
+        node.shared.consume_lock()
         watch.consume()
         sync.settle(until)
+        for listener in node.shared.settled:
+            listener(until)
         sync.tick()
 
     watch.start([sync.process])
     node.shared.processes = watch.consume
+    node.shared.sync = sync
     node.shared.rewritten.append(sync.rewrite)
     node.loop.call_every(SYNC_TICK_SECONDS, tick)
     return sync
 
 
 def _start_lock(node: Node, code: Bytecode) -> Running:
+    def waited(state: LockState) -> None:
+        if node.shared.sync is not None:
+            node.shared.sync.span(state.tgid, Phase.LOCK_WAIT, state.begin_ns, state.end_ns)
+
     lock = XtablesLockSignal(
         code,
         node.netns,
         node.loop,
         node.settings.host,
         node.shared.processes,
-        LockOptions(writers=_writers(node.settings)),
+        LockOptions(writers=_writers(node.settings), on_wait=waited),
     )
     node.stack.callback(lock.close)
     lock.start()
+    node.shared.consume_lock = lock.consume
     return lock
 
 

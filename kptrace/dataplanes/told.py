@@ -32,6 +32,10 @@ class Told(Protocol):
         """Whether an endpoint is in the Service port's rules now."""
         ...
 
+    def mentions(self, port: ServicePort, ip: str, number: int) -> bool:
+        """Whether something of an endpoint's own is written, be it only to empty and then delete it."""
+        ...
+
     def present(self, port: ServicePort) -> bool | None:
         """Whether the Service port is there now, with or without endpoints."""
         ...
@@ -54,6 +58,10 @@ class Names:
     def endpoint(self, port: ServicePort, ip: str, number: int) -> bool | None:
         """Not told."""
         return None
+
+    def mentions(self, port: ServicePort, ip: str, number: int) -> bool:
+        """Not told."""
+        return False
 
     def present(self, port: ServicePort) -> bool | None:
         """Not told."""

@@ -48,6 +48,8 @@ def default_command(request: DaemonRequest) -> list[str]:
         str(request.identity_file),
         "--listen",
         "127.0.0.1:0",
+        "--local-socket",
+        "none",
         "--ready-file",
         str(request.ready_file),
     ]

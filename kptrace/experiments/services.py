@@ -128,4 +128,4 @@ def change_endpoint(service: ServiceSpec, step: int) -> ServiceSpec:
     # From the range's upper half, which `make_services` leaves alone; the very last address is a broadcast one.
     index = backends.num_addresses // 2 + step % (min(backends.num_addresses, 1 << 32) // 2 - 1)
     old = service.endpoints[0] if service.endpoints else Endpoint("", BACKEND_PORT, node="node-0")
-    return replace(service, endpoints=(replace(old, ip=str(backends[index])), *service.endpoints[1:]))
+    return replace(service, endpoints=(old._replace(ip=str(backends[index])), *service.endpoints[1:]))

@@ -11,12 +11,19 @@ from kptrace.export import page
 from kptrace.export.registry import Exporter
 from kptrace.export.request import Request
 from kptrace.export.response import HTML, JSON, Response
-from kptrace.export.status import StatusPage
+from kptrace.export.status import StatusPage, as_json
 
 MAX_SCRAPES = 5
 #: Whether all is attached, alone or with a line for people.
 Readiness = bool | tuple[bool, str]
+#: The JSON values at a path, or None.
+Documents = Callable[[str], object | None]
 _PATHS = {"metrics": "metrics", "status": "status", "liveness": "healthz", "readiness": "readyz"}
+
+
+def no_documents(_path: str) -> object | None:
+    """None at any path."""
+    return None
 
 
 class Routes:
@@ -28,11 +35,13 @@ class Routes:
         status: StatusPage,
         ready: Callable[[], Readiness],
         max_scrapes: int = MAX_SCRAPES,
+        documents: Documents = no_documents,
     ) -> None:
-        """`max_scrapes` are rendered at a time, one more is sent away."""
+        """`max_scrapes` are rendered at a time, one more is sent away; `documents` are further ones by path."""
         self._exporter = exporter
         self._status = status
         self._ready = ready
+        self._documents = documents
         self._scrapes = BoundedSemaphore(max_scrapes)
 
     def answer(self, request: Request) -> Response:
@@ -60,7 +69,13 @@ class Routes:
             case "/":
                 return Response(HTTPStatus.OK, page.document("kptrace", page.links(_PATHS)), HTML)
             case _:
-                return Response.plain(HTTPStatus.NOT_FOUND)
+                return self._document(request.path)
+
+    def _document(self, path: str) -> Response:
+        document = self._documents(path)
+        if document is None:
+            return Response.plain(HTTPStatus.NOT_FOUND)
+        return Response(HTTPStatus.OK, as_json(document), JSON)
 
     def _metrics(self, request: Request) -> Response:
         if not self._scrapes.acquire(blocking=False):

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 
 from prometheus_client.metrics_core import (
@@ -11,11 +12,13 @@ from prometheus_client.metrics_core import (
     HistogramMetricFamily,
     Metric,
 )
+from prometheus_client.samples import Exemplar as PrometheusExemplar
 
-from kptrace.model.metrics import HistogramSample, MetricFamily, MetricSpec, Sample
+from kptrace.model.metrics import Exemplar, HistogramSample, MetricFamily, MetricSpec, Sample
 
 AnySample = Sample | HistogramSample
 _Labels = tuple[str, ...]
+_Bucket = tuple[str, float] | tuple[str, float, PrometheusExemplar]
 
 
 class Gathered:
@@ -64,8 +67,8 @@ def to_prometheus(family: MetricFamily) -> Metric:
         histogram = HistogramMetricFamily(spec.name, spec.help, labels=spec.labels)
         for sample in family.samples:
             if isinstance(sample, HistogramSample):
-                edges = [(_edge(edge), count) for edge, count in sample.buckets]
-                histogram.add_metric(sample.labels, edges, sample.sum)
+                buckets = [_bucket(edge, count, sample.exemplars.get(edge)) for edge, count in sample.buckets]
+                histogram.add_metric(sample.labels, buckets, sample.sum)
         return histogram
     kind = CounterMetricFamily if spec.kind == "counter" else GaugeMetricFamily
     metric = kind(spec.name, spec.help, labels=spec.labels)
@@ -86,6 +89,13 @@ def _check(spec: MetricSpec, sample: AnySample) -> None:
             raise ValueError(f"{spec.name}{sample.labels} has buckets that do not rise to +Inf")
 
 
+def _bucket(edge: float, count: int, exemplar: Exemplar | None) -> _Bucket:
+    if exemplar is None:
+        return _edge(edge), count
+    shown = PrometheusExemplar(dict(exemplar.labels), exemplar.value, exemplar.timestamp)
+    return _edge(edge), count, shown
+
+
 def _edge(edge: float) -> str:
     return "+Inf" if math.isinf(edge) else repr(float(edge))
 
@@ -99,5 +109,5 @@ def _relabelled(sample: AnySample, labels: _Labels) -> AnySample:
     if sample.labels == labels:
         return sample
     if isinstance(sample, HistogramSample):
-        return HistogramSample(labels, sample.buckets, sample.sum)
+        return replace(sample, labels=labels)
     return Sample(labels, sample.value)

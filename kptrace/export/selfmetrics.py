@@ -12,7 +12,11 @@ from kptrace.model.signal import MechanismState
 
 BUILD = MetricSpec("kptrace_build_info", "info", "Version of kptrace and of Python.", ("version", "python"))
 NODE = MetricSpec(
-    "kptrace_node_info", "info", "Kernel release and machine of this node.", ("kernel", "machine")
+    "kptrace_node_info",
+    "info",
+    "Kernel release and machine of this node; kube-proxy's mode and version as it says itself, empty where it is not"
+    " asked (--kube-proxy-metrics).",
+    ("kernel", "machine", "proxy_mode", "proxy_version"),
 )
 STATE = MetricSpec(
     "kptrace_signal_state",
@@ -44,10 +48,12 @@ class SelfMetrics:
         states: Callable[[], Iterable[MechanismState]],
         losses: Callable[[], Mapping[tuple[str, str], int]],
         proc: Path = Path("/proc/self"),
+        proxy: Callable[[], tuple[str, str]] = lambda: ("", ""),
     ) -> None:
-        """`states` and `losses` are asked at each scrape; `proc` is this process's own folder in procfs."""
+        """`states`, `losses` and `proxy` (mode and version) are asked at each scrape; `proc` is our folder in procfs."""
         self._states = states
         self._losses = losses
+        self._proxy = proxy
         self._proc = proc
         self._boot = _boot_time(proc.parent / "stat")
 
@@ -62,7 +68,7 @@ class SelfMetrics:
     def families(self) -> Iterable[MetricFamily]:
         """See `Source`."""
         yield MetricFamily(BUILD, [Sample((__version__, platform.python_version()), 1.0)])
-        yield MetricFamily(NODE, [Sample((platform.release(), platform.machine()), 1.0)])
+        yield MetricFamily(NODE, [Sample((platform.release(), platform.machine(), *self._proxy()), 1.0)])
         rows = sorted({(s.signal, s.mechanism, s.state.value, s.reason) for s in self._states()})
         yield MetricFamily(STATE, [Sample(row, 1.0) for row in rows])
         yield MetricFamily(LOST, [Sample(key, float(count)) for key, count in sorted(self._losses().items())])

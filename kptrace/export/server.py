@@ -11,13 +11,12 @@ import structlog
 
 from kptrace.export.connection import Connection
 from kptrace.export.registry import Exporter
-from kptrace.export.routes import MAX_SCRAPES, Readiness, Routes
+from kptrace.export.routes import MAX_SCRAPES, Documents, Readiness, Routes, no_documents
 from kptrace.export.status import StatusPage
 from kptrace.export.tls import RenewedTls, TlsFiles
 from kptrace.model.errors import ListenError
 
 __all__ = ["Limits", "MetricsServer", "TlsFiles"]
-_BACKLOG = 64
 _PAUSE_SECONDS = 0.2
 
 
@@ -43,30 +42,39 @@ class MetricsServer:
 
     def __init__(
         self,
-        address: tuple[str, int],
+        listener: socket.socket,
         exporter: Exporter,
         status: StatusPage,
         ready: Callable[[], Readiness],
         tls: TlsFiles | None = None,
         limits: Limits | None = None,
+        documents: Documents = no_documents,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        """Bind the address; nothing is served before `start`.
+        """Own a listening socket; nothing is served before `start`.
 
         Args:
-            address: host and port; port 0 takes any free one.
+            listener: see `kptrace.export.listen`.
             exporter: of /metrics.
             status: of /status.
             ready: of /readyz: whether all is attached, alone or with a line for people.
             tls: files for HTTPS; None serves HTTP.
             limits: other than the defaults.
+            documents: further JSON documents by path.
+            on_close: called when nobody listens any more.
 
         Raises:
-            ListenError: the address is in use or not ours, or the TLS files cannot be used.
+            ListenError: the TLS files cannot be used.
         """
         self._limits = limits or Limits()
-        self._routes = Routes(exporter, status, ready, self._limits.scrapes)
-        self._tls = RenewedTls(tls) if tls else None
-        self._listener = _bind(address)
+        self._routes = Routes(exporter, status, ready, self._limits.scrapes, documents)
+        self._listener = listener
+        self._on_close = on_close
+        try:
+            self._tls = RenewedTls(tls) if tls else None
+        except ListenError:
+            listener.close()
+            raise
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._connections: dict[Connection, threading.Thread] = {}
@@ -75,7 +83,7 @@ class MetricsServer:
 
     @property
     def port(self) -> int:
-        """The port in use."""
+        """The port in use, of a TCP listener."""
         return int(self._listener.getsockname()[1])
 
     def start(self) -> None:
@@ -91,6 +99,7 @@ class MetricsServer:
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept
             self._thread.join()
         self._listener.close()
+        self._on_close()
         with self._lock:
             left = dict(self._connections)
         for connection in left:
@@ -147,21 +156,3 @@ class MetricsServer:
         finally:
             with self._lock:
                 self._connections.pop(connection, None)
-
-
-def _bind(address: tuple[str, int]) -> socket.socket:
-    host, port = address
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server(
-            address,
-            family=family,
-            backlog=_BACKLOG,
-            dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6(),
-        )
-    except OSError as error:
-        shown = f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
-        raise ListenError(
-            f"cannot listen on {shown}: {error.strerror or error}",
-            remedy="choose another address with --listen, or end what listens there",
-        ) from error

@@ -9,6 +9,11 @@ from kptrace.export import page
 from kptrace.model.signal import MechanismState
 
 
+def as_json(document: object) -> bytes:
+    """JSON values for programs, and for people who look at them."""
+    return json.dumps(document, indent=2, default=str).encode() + b"\n"
+
+
 class StatusPage:
     """Renders the states of all signals and further sections."""
 
@@ -41,7 +46,7 @@ class StatusPage:
 
     def as_json(self) -> bytes:
         """The status for programs."""
-        return json.dumps(self.document(), indent=2, default=str).encode() + b"\n"
+        return as_json(self.document())
 
     def as_html(self) -> bytes:
         """The status for people."""

@@ -25,6 +25,7 @@ class ApiError(Exception):
     Attributes:
         reason: one of `ApiError.reasons`.
         retry_after: seconds that the server asked to wait, 0 if it did not.
+        status: HTTP status of the answer, 0 where there was none.
     """
 
     reasons: ClassVar[tuple[str, ...]] = (
@@ -40,8 +41,9 @@ class ApiError(Exception):
         "internal",
     )
 
-    def __init__(self, reason: str, detail: str, *, retry_after: float = 0.0) -> None:
+    def __init__(self, reason: str, detail: str, *, retry_after: float = 0.0, status: int = 0) -> None:
         super().__init__(detail)
+        self.status = status
         self.reason = reason
         self.retry_after = retry_after
 
@@ -50,7 +52,8 @@ def error_for(status: int, path: str, message: str = "", retry_after: float = 0.
     """The error that an HTTP status (or the code of a watch's ERROR event) other than 200 is."""
     reason = _STATUS_REASONS.get(status, "server_error" if status >= 500 else "http_error")
     said = _STATUS_REMEDIES.get(status) or message
-    return ApiError(reason, f"{status} for {path}" + (f": {said}" if said else ""), retry_after=retry_after)
+    text = f"{status} for {path}" + (f": {said}" if said else "")
+    return ApiError(reason, text, retry_after=retry_after, status=status)
 
 
 class Response(Protocol):

@@ -1,37 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The API server by the configuration of the `kubernetes` client: in the cluster, or by a kubeconfig.
-
-Only its configuration and its HTTP pool are used: its models turn every object into dozens. It is imported with the
-first request, on the watches' threads.
-"""
+"""GETs to the API server over urllib3: its errors, who waits for an answer, and credentials that change."""
 
 import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlencode
 
 from kptrace import __version__
 from kptrace.identity.api import ApiError
+from kptrace.identity.connections import ACCOUNT, Connection, connect, unusable
 
 USER_AGENT = f"kptrace/{__version__}"
 
 _CONNECT_TIMEOUT = 10.0
 _CHUNK_BYTES = 65536
+_UNAUTHORIZED = 401
 
 
 class KubernetesApi:
     """GETs to the API server, from any thread."""
 
-    def __init__(self, kubeconfig: Path | None = None, *, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self,
+        kubeconfig: Path | None = None,
+        *,
+        environ: Mapping[str, str] = os.environ,
+        account: Path = ACCOUNT,
+    ) -> None:
         """Use this kubeconfig; without one the cluster's own (in a pod), else the default kubeconfig."""
-        self._kubeconfig = kubeconfig
-        self._environ = environ
+        self._where = partial(connect, kubeconfig, environ=environ, account=account)
         self._setup = threading.Lock()
         self._lock = threading.Lock()
-        self._client: tuple[Any, Any] | None = None
+        self._connection: Connection | None = None
         self._open: set[_Response] = set()
         self._closed = False
 
@@ -41,22 +45,25 @@ class KubernetesApi:
         Raises:
             ApiError: there is no usable configuration, or no answer.
         """
-        host, token, pool = self._prepare()
+        connection, token = self._prepare()
         import urllib3  # noqa: PLC0415 - with the client, not before
 
         headers = {"User-Agent": USER_AGENT, "Accept": "application/json"}
         if token:
             headers["Authorization"] = token
-        with _network_errors(path):
-            raw = pool.request(
+        with self._renewed_after_tls(connection), _network_errors(path):
+            raw = connection.pool.request(
                 "GET",
-                f"{host}{path}?{urlencode(query)}",
+                f"{connection.host}{path}?{urlencode(query)}",
                 headers=headers,
                 timeout=urllib3.Timeout(connect=_CONNECT_TIMEOUT, read=read_timeout),
                 preload_content=False,
                 retries=False,
                 redirect=False,
             )
+        if raw.status == _UNAUTHORIZED:
+            # Credentials that a kubeconfig names may have been replaced: the next request reads it anew.
+            self._renew(connection)
         response = _Response(raw, path, self._forget)
         with self._lock:
             self._open.add(response)
@@ -70,43 +77,43 @@ class KubernetesApi:
             self._closed = True
             for response in self._open:
                 response.abort()
-            client, self._client = self._client, None
-        if client is not None:
-            client[1].clear()
+            connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.pool.clear()
 
     def _forget(self, response: "_Response") -> None:
         with self._lock:
             self._open.discard(response)
 
-    def _prepare(self) -> tuple[str, str, Any]:
-        """The server's URL, the credentials of the moment (they may be rotated), and the connections."""
+    def _prepare(self) -> tuple[Connection, str]:
+        """The server, and the credentials of the moment."""
         with self._setup:
+            connection = self._connection or self._where()
             try:
-                configuration, pool = self._client or self._connect()
-                # The first is the name in new releases of the client, the second in old ones.
-                names = ("BearerToken", "authorization")
-                tokens = (configuration.get_api_key_with_prefix(name) for name in names)
-                token = next(filter(None, tokens), "")
-            except Exception as error:  # the client lets the errors of a dozen libraries and its own through
-                text = " ".join(str(error).split())[:200]
-                raise ApiError("no_configuration", f"no usable Kubernetes configuration: {text}") from error
+                token = connection.authorization()
+            except Exception as error:  # as those of connecting
+                raise unusable(error) from error
             with self._lock:
                 if self._closed:
                     raise ApiError("disconnected", "closed")
-                self._client = configuration, pool
-            return configuration.host, token, pool
+                self._connection = connection
+            return connection, token
 
-    def _connect(self) -> tuple[Any, Any]:
-        from kubernetes import client, config  # noqa: PLC0415 - tens of megabytes, only where there is an API server
-        from kubernetes.client.rest import RESTClientObject  # noqa: PLC0415
+    def _renew(self, connection: Connection) -> None:
+        """Read the configuration anew for the next request; requests that run go on."""
+        with self._lock:
+            if self._connection is connection:
+                self._connection = None
 
-        configuration, load = client.Configuration(), cast("Any", config)
-        if self._kubeconfig is None and "KUBERNETES_SERVICE_HOST" in self._environ:
-            load.load_incluster_config(client_configuration=configuration)
-        else:
-            where = str(self._kubeconfig) if self._kubeconfig else None
-            load.load_kube_config(config_file=where, client_configuration=configuration)
-        return configuration, RESTClientObject(configuration).pool_manager
+    @contextlib.contextmanager
+    def _renewed_after_tls(self, connection: Connection) -> Iterator[None]:
+        """A cluster's authority is replaced now and then."""
+        try:
+            yield
+        except ApiError as error:
+            if error.reason == "tls":
+                self._renew(connection)
+            raise
 
 
 class _Response:

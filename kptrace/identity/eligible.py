@@ -8,6 +8,7 @@ the policies Cluster and Local are chosen apart, and what is programmed is both 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from kptrace.identity.packing import ByPort
 from kptrace.identity.records import LocalPolicy, PortRecord, ServiceRecord, SliceRecord
 from kptrace.model.identity import Endpoint, ServicePort
 from kptrace.model.netfilter import IpFamily
@@ -52,14 +53,15 @@ def wanted(
     if service is None:
         return {}
     found = {}
-    every = list(slices)
+    every = [record.endpoints for record in slices]  # each look unpacks them
     for family in IpFamily:
         addresses = [ip for ip in service.addresses if _family(ip) is family]
         # Without a cluster IP in a family, nothing of it is served in that family.
         if not any(_family(ip) is family for ip in service.addresses[: service.cluster_ips]):
             continue
         for port in service.ports:
-            ends = [end for end in _endpoints(port, every) if _family(end.ip) is family]
+            is_ipv6 = family is IpFamily.IPV6
+            ends = [end for end in _endpoints(port, every) if (":" in end.ip) is is_ipv6]
             chosen = eligible(ends, service.local, place, outside=len(addresses) > 1 or port.node_port != 0)
             places = {(ip, port.number) for ip in addresses} | (
                 {("", port.node_port)} if port.node_port else set()
@@ -110,12 +112,12 @@ def _leaving(endpoints: Sequence[Endpoint]) -> list[Endpoint]:
     return [end for end in endpoints if end.serving and end.terminating]
 
 
-def _endpoints(port: PortRecord, slices: Iterable[SliceRecord]) -> Iterable[Endpoint]:
+def _endpoints(port: PortRecord, slices: Iterable[ByPort]) -> Iterable[Endpoint]:
     """Each address once: of two pods with one address (the old one's slice is late) the one that stays counts."""
     key = port.name, port.service_port.protocol
     best: dict[Address, Endpoint] = {}
-    for record in slices:
-        for name, ends in record.endpoints:
+    for by_port in slices:
+        for name, ends in by_port:
             for end in ends if name == key else ():
                 known = best.get((end.ip, end.port))
                 if known is None or _rank(end) > _rank(known):

@@ -28,7 +28,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """Objects that came, changed or went, in this order."""
+    """Objects that came, changed or went, in this order; `at` is when the bytes of the last of them arrived."""
 
     scope: str
     at: float

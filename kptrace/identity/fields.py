@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Typed access to the fields of a JSON-like object: missing is fine, of the wrong type is an error with its path."""
+"""What the fields of an object must be: missing is fine, something else is an error with the field's path."""
 
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
@@ -62,80 +62,58 @@ def member(raw: Mapping[str, Any], key: str, kind: type[T], path: str) -> T | No
     raise ObjectError(_join(path, key), _EXPECTED[kind], value)
 
 
-def members(raw: Mapping[str, Any], key: str, kind: type[T], path: str) -> Sequence[T]:
-    """The values of a list field, none where it is missing or null.
-
-    Raises:
-        ObjectError: it is no list, or an item is of another type.
-    """
-    values = raw.get(key)
-    if values is None:
-        return ()
-    if type(values) is not list:
-        raise ObjectError(_join(path, key), "a list", values)
-    for index, value in enumerate(values):
-        if type(value) is not kind:
-            raise ObjectError(f"{_join(path, key)}[{index}]", _EXPECTED[kind], value)
-    return values
-
-
-def text_of(raw: Mapping[str, Any], key: str, path: str) -> str:
-    """A string field, empty where it is missing."""
-    return member(raw, key, str, path) or ""
-
-
-def ip_of(text: str, path: str) -> str:
-    """An IP address in its one canonical form.
+def ip_of(text: str, path: str, *indices: int) -> str:
+    """An IP address in its one canonical form; `path` is formatted with the indices only where it is needed.
 
     Raises:
         ObjectError: the text is none.
     """
-    family = socket.AF_INET6 if ":" in text else socket.AF_INET
     try:
-        return socket.inet_ntop(family, socket.inet_pton(family, text))
+        if ":" not in text:
+            # It takes no other form: no leading zeros, no parts that are left out.
+            socket.inet_pton(socket.AF_INET, text)
+            return text
+        return socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, text))
     except (OSError, ValueError) as error:
-        raise ObjectError(path, "an IP address", text) from error
+        raise ObjectError(path.format(*indices), "an IP address", text) from error
 
 
-def port_of(raw: Mapping[str, Any], key: str, path: str) -> int:
+def port_of(number: int | None, path: str) -> int:
     """A port number, 0 where it is missing.
 
     Raises:
         ObjectError: it is no number from 0 to 65535.
     """
-    number = member(raw, key, int, path) or 0
-    if not 0 <= number <= 0xFFFF:
-        raise ObjectError(_join(path, key), "a port number from 1 to 65535", number)
-    return number
+    if number is not None and not 0 <= number <= 0xFFFF:
+        raise ObjectError(path, "a port number from 1 to 65535", number)
+    return number or 0
 
 
-def protocol_of(raw: Mapping[str, Any], path: str) -> Protocol:
-    """The field `protocol`, TCP where it is missing.
+def protocol_of(text: str | None, path: str) -> Protocol:
+    """A protocol, TCP where it is missing.
 
     Raises:
         ObjectError: it is none of those that a Service can have.
     """
-    text = text_of(raw, "protocol", path)
-    found = _PROTOCOLS.get(text)
+    found = _PROTOCOLS.get(text or "")
     if found is None:
-        raise ObjectError(_join(path, "protocol"), "TCP, UDP or SCTP", text)
+        raise ObjectError(path, "TCP, UDP or SCTP", text)
     return found
 
 
-def time_of(raw: Mapping[str, Any], key: str, path: str) -> int:
+def time_of(text: str | None, path: str) -> int:
     """A time as seconds since the epoch, `NEWEST` where it is missing.
 
     Raises:
         ObjectError: it is no RFC 3339 time.
     """
-    text = text_of(raw, key, path)
     if not text:
         return NEWEST
     try:
         moment = datetime.fromisoformat(text)
         return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
     except (ValueError, OverflowError) as error:
-        raise ObjectError(_join(path, key), "a time as 2006-01-02T15:04:05Z", text) from error
+        raise ObjectError(path, "a time as 2006-01-02T15:04:05Z", text) from error
 
 
 def instant_of(text: object) -> int:

@@ -1,26 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kubernetes objects as JSON gives them, decoded to the few fields that names need.
+"""Kubernetes objects, as `identity.wire` has them, reduced to what names need.
 
 Decoding is sparse (missing fields have Kubernetes' defaults, unknown ones are not looked at) and strict (a field of the
 wrong type is an `ObjectError`). What a Service means follows kube-proxy: no addresses for ExternalName and headless
 Services, nor for those whose labels hand them to another proxy or to none.
 """
 
+import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kptrace.identity.fields import (
-    ObjectError,
-    instant_of,
-    ip_of,
-    member,
-    members,
-    port_of,
-    protocol_of,
-    text_of,
-    time_of,
-)
+import msgspec
+
+from kptrace.identity import wire
+from kptrace.identity.decoding import from_bytes, from_mapping
+from kptrace.identity.fields import ObjectError, instant_of, ip_of, member, port_of, protocol_of, time_of
+from kptrace.identity.packing import READY, SERVING, TERMINATING, BackEnd, pack
 from kptrace.identity.policies import hints_of, local_policy
 from kptrace.identity.records import (
     Kind,
@@ -32,14 +28,7 @@ from kptrace.identity.records import (
     ServiceRecord,
     SliceRecord,
 )
-from kptrace.model.identity import Endpoint, Hints, Pod, ServicePort
-
-#: Services and EndpointSlices with these labels are none of kube-proxy's business (its own selectors say so).
-HEADLESS_LABEL = "service.kubernetes.io/headless"
-PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
-SERVICE_NAME_LABEL = "kubernetes.io/service-name"
-ZONE_LABEL = "topology.kubernetes.io/zone"
-TRIGGER_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
+from kptrace.model.identity import Pod, ServicePort
 
 _KINDS = {
     ("v1", "Service"): Kind.SERVICES,
@@ -47,6 +36,27 @@ _KINDS = {
     ("discovery.k8s.io/v1beta1", "EndpointSlice"): Kind.ENDPOINT_SLICES,
     ("v1", "Pod"): Kind.PODS,
     ("v1", "Node"): Kind.NODES,
+}
+_WIRE: dict[Kind, type[wire.Named]] = {
+    Kind.SERVICES: wire.Service,
+    Kind.ENDPOINT_SLICES: wire.EndpointSlice,
+    Kind.PODS: wire.Pod,
+    Kind.NODES: wire.Node,
+}
+_EVENTS: dict[Kind, msgspec.json.Decoder[Any]] = {
+    # mypy knows no type that is chosen at run time.
+    kind: msgspec.json.Decoder(wire.Event[found])  # type: ignore[valid-type]
+    for kind, found in _WIRE.items()
+}
+_NO_LABELS = wire.Labels()
+_NOWHERE: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+_SAID = (None, False, True)
+#: What is not said of an endpoint is: it is ready, it serves, and it does not end.
+_CONDITIONS = {
+    (ready, serving, ending): READY * (ready is not False)
+    | SERVING * (serving is not False)
+    | TERMINATING * bool(ending)
+    for ready, serving, ending in itertools.product(_SAID, repeat=3)
 }
 
 
@@ -62,19 +72,14 @@ def kind_of(raw: Mapping[str, Any]) -> Kind | None:
     return _KINDS.get((version, kind))
 
 
-def name_of(raw: Mapping[str, Any]) -> Name:
+def name_of(found: wire.Named) -> Name:
     """Namespace (empty where there is none) and name.
 
     Raises:
         ObjectError: it has no name.
     """
-    metadata = member(raw, "metadata", dict, "")
-    if metadata is None:
-        raise ObjectError("metadata", "a mapping", None)
-    name = text_of(metadata, "name", "metadata")
-    if not name:
-        raise ObjectError("metadata.name", "a name", metadata.get("name"))
-    return sys.intern(text_of(metadata, "namespace", "metadata")), name
+    metadata = _metadata(found)
+    return sys.intern(metadata.namespace or ""), metadata.name or ""
 
 
 def decode(kind: Kind, raw: Mapping[str, Any]) -> Record:
@@ -83,31 +88,71 @@ def decode(kind: Kind, raw: Mapping[str, Any]) -> Record:
     Raises:
         ObjectError: a field is of the wrong type, or no name, address, port or protocol where it must be one.
     """
-    match kind:
-        case Kind.SERVICES:
-            return _service(raw)
-        case Kind.ENDPOINT_SLICES:
-            return _slice(raw)
-        case Kind.PODS:
-            return _pod(raw)
-        case Kind.NODES:
-            return _node(raw)
+    return record_of(from_mapping(raw, _WIRE[kind]))
 
 
-def _service(raw: Mapping[str, Any]) -> ServiceRecord:
-    namespace, name = name_of(raw)
-    metadata: dict[str, Any] = raw["metadata"]
-    labels: dict[str, Any] = member(metadata, "labels", dict, "metadata") or {}
-    spec: dict[str, Any] = member(raw, "spec", dict, "") or {}
-    created = time_of(metadata, "creationTimestamp", "metadata")
+def decode_event(kind: Kind, data: bytes) -> wire.Event[wire.Named] | None:
+    """A line of a watch with its object, in one go; None where a field is of the wrong type.
+
+    Raises:
+        msgspec.DecodeError, UnicodeDecodeError: it is no JSON.
+    """
+    try:
+        event: wire.Event[wire.Named] = _EVENTS[kind].decode(data)
+    except msgspec.ValidationError:
+        return None
+    return event
+
+
+def decode_bytes(kind: Kind, data: bytes | msgspec.Raw) -> tuple[Record, str]:
+    """The record of one object in JSON, and the object's version.
+
+    Raises:
+        ObjectError: as in `decode`.
+        msgspec.DecodeError, UnicodeDecodeError: it is no JSON.
+    """
+    found = from_bytes(data, _WIRE[kind])
+    return record_of(found), (found.metadata and found.metadata.resource_version) or ""
+
+
+def record_of(found: wire.Named) -> Record:
+    """The record of one object that is decoded.
+
+    Raises:
+        ObjectError: as in `decode`.
+    """
+    match found:
+        case wire.Service():
+            return _service(found)
+        case wire.EndpointSlice():
+            return _slice(found)
+        case wire.Pod():
+            return _pod(found)
+        case wire.Node():
+            return _node(found)
+    raise TypeError(type(found).__name__)
+
+
+def _metadata(found: wire.Named) -> wire.Metadata:
+    if found.metadata is None:
+        raise ObjectError("metadata", "a mapping", None)
+    if not found.metadata.name:
+        raise ObjectError("metadata.name", "a name", found.metadata.name)
+    return found.metadata
+
+
+def _service(found: wire.Service) -> ServiceRecord:
+    namespace, name = name_of(found)
+    metadata = _metadata(found)
+    spec = found.spec or wire.ServiceSpec()
+    created = time_of(metadata.creation_timestamp, "metadata.creationTimestamp")
     cluster_ips = _cluster_ips(spec)
     ports = tuple(
         _service_port(namespace, name, port, f"spec.ports[{index}]")
-        for index, port in enumerate(members(spec, "ports", dict, "spec"))
+        for index, port in enumerate(spec.ports or ())
     )
-    addresses = [*cluster_ips, *_extra_ips(raw, spec)]
-    external_name = text_of(spec, "type", "spec") == "ExternalName"
-    if external_name or not cluster_ips or HEADLESS_LABEL in labels or PROXY_NAME_LABEL in labels:
+    addresses = [*cluster_ips, *_extra_ips(found, spec)]
+    if spec.type == "ExternalName" or not cluster_ips or (metadata.labels or _NO_LABELS).foreign:
         return ServiceRecord(namespace, name, created)
     unique = tuple(dict.fromkeys(addresses))
     return ServiceRecord(
@@ -115,112 +160,101 @@ def _service(raw: Mapping[str, Any]) -> ServiceRecord:
     )
 
 
-def _cluster_ips(spec: Mapping[str, Any]) -> list[str]:
-    listed: Sequence[str] = members(spec, "clusterIPs", str, "spec") or [text_of(spec, "clusterIP", "spec")]
+def _cluster_ips(spec: wire.ServiceSpec) -> list[str]:
+    listed = spec.cluster_ips or [spec.cluster_ip or ""]
     return [
         ip_of(ip, f"spec.clusterIPs[{index}]") for index, ip in enumerate(listed) if ip not in ("", "None")
     ]
 
 
-def _extra_ips(raw: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]:
-    found = [
-        ip_of(ip, f"spec.externalIPs[{index}]")
-        for index, ip in enumerate(members(spec, "externalIPs", str, "spec"))
-    ]
-    status: dict[str, Any] = member(raw, "status", dict, "") or {}
-    balancer: dict[str, Any] = member(status, "loadBalancer", dict, "status") or {}
-    for index, ingress in enumerate(members(balancer, "ingress", dict, "status.loadBalancer")):
-        path = f"status.loadBalancer.ingress[{index}]"
-        ip = text_of(ingress, "ip", path)
+def _extra_ips(found: wire.Service, spec: wire.ServiceSpec) -> list[str]:
+    extra = [ip_of(ip, f"spec.externalIPs[{index}]") for index, ip in enumerate(spec.external_ips or ())]
+    balancer = found.status.load_balancer if found.status else None
+    for index, ingress in enumerate((balancer.ingress if balancer else None) or ()):
         # In the mode Proxy packets are to travel through the load balancer: nodes do not answer for its address.
-        if ip and text_of(ingress, "ipMode", path) != "Proxy":
-            found.append(ip_of(ip, f"{path}.ip"))
-    return found
+        if ingress.ip and ingress.ip_mode != "Proxy":
+            extra.append(ip_of(ingress.ip, f"status.loadBalancer.ingress[{index}].ip"))
+    return extra
 
 
-def _service_port(namespace: str, service: str, raw: Mapping[str, Any], path: str) -> PortRecord:
-    number = port_of(raw, "port", path)
+def _service_port(namespace: str, service: str, found: wire.ServicePort, path: str) -> PortRecord:
+    number = port_of(found.port, f"{path}.port")
     if not number:
-        raise ObjectError(f"{path}.port", "a port number from 1 to 65535", raw.get("port"))
-    name = sys.intern(text_of(raw, "name", path))
-    identity = ServicePort(namespace, service, name or str(number), protocol_of(raw, path))
-    return PortRecord(identity, name, number, port_of(raw, "nodePort", path))
+        raise ObjectError(f"{path}.port", "a port number from 1 to 65535", found.port)
+    name = sys.intern(found.name or "")
+    protocol = protocol_of(found.protocol, f"{path}.protocol")
+    identity = ServicePort(namespace, service, name or sys.intern(str(number)), protocol)
+    return PortRecord(identity, name, number, port_of(found.node_port, f"{path}.nodePort"))
 
 
-def _slice(raw: Mapping[str, Any]) -> SliceRecord:
-    namespace, name = name_of(raw)
-    labels: dict[str, Any] = member(raw["metadata"], "labels", dict, "metadata") or {}
-    service = text_of(labels, SERVICE_NAME_LABEL, "metadata.labels")
-    back_ends = [
-        _back_end(endpoint, f"endpoints[{index}]", fqdn=text_of(raw, "addressType", "") == "FQDN")
-        for index, endpoint in enumerate(members(raw, "endpoints", dict, ""))
-    ]
-    if HEADLESS_LABEL in labels or PROXY_NAME_LABEL in labels:
+def _slice(found: wire.EndpointSlice) -> SliceRecord:
+    namespace, name = name_of(found)
+    metadata = _metadata(found)
+    labels = metadata.labels or _NO_LABELS
+    back_ends = tuple(_back_ends(found))
+    if labels.foreign:
         return SliceRecord(namespace, name)
     by_port = []
-    for index, port in enumerate(members(raw, "ports", dict, "")):
-        number = port_of(port, "port", f"ports[{index}]")
+    for index, port in enumerate(found.ports or ()):
+        number = port_of(port.port, f"ports[{index}].port")
         if number:
-            key = sys.intern(text_of(port, "name", f"ports[{index}]")), protocol_of(port, f"ports[{index}]")
-            ends = (end for end in back_ends if end is not None)
-            by_port.append((key, tuple(Endpoint(end[0], number, *end[1:]) for end in ends)))
-    annotations: dict[str, Any] = member(raw["metadata"], "annotations", dict, "metadata") or {}
+            by_port.append(
+                ((port.name or "", protocol_of(port.protocol, f"ports[{index}].protocol")), number)
+            )
+    trigger = instant_of(metadata.annotations.trigger if metadata.annotations else None)
     return SliceRecord(
-        namespace, name, service, tuple(by_port), instant_of(annotations.get(TRIGGER_ANNOTATION))
+        namespace, name, sys.intern(labels.service_name or ""), pack(by_port, back_ends), trigger
     )
 
 
-def _back_end(
-    raw: Mapping[str, Any], path: str, *, fqdn: bool
-) -> tuple[str, str, str, bool, bool, bool, Hints] | None:
-    addresses: Sequence[str] = members(raw, "addresses", str, path)
-    conditions: dict[str, Any] = member(raw, "conditions", dict, path) or {}
-    ready, serving, terminating = (
-        member(conditions, name, bool, f"{path}.conditions") for name in ("ready", "serving", "terminating")
-    )
-    target: dict[str, Any] = member(raw, "targetRef", dict, path) or {}
-    node = sys.intern(text_of(raw, "nodeName", path))
-    pod = ""
-    if text_of(target, "kind", f"{path}.targetRef") == "Pod":
-        pod = f"{text_of(target, 'namespace', path)}/{text_of(target, 'name', path)}"
-    if fqdn or not addresses:
-        return None
-    # All addresses of one endpoint are said to be equivalent, and kube-proxy takes the first.
-    ip = ip_of(addresses[0], f"{path}.addresses[0]")
-    return ip, node, pod, ready is not False, serving is not False, terminating is True, hints_of(raw, path)
+def _back_ends(found: wire.EndpointSlice) -> Iterator[BackEnd]:
+    if found.address_type == "FQDN":
+        return
+    for index, endpoint in enumerate(found.endpoints or ()):
+        if not endpoint.addresses:
+            continue
+        # All addresses of one endpoint are said to be equivalent, and kube-proxy takes the first.
+        ip = ip_of(endpoint.addresses[0], "endpoints[{}].addresses[0]", index)
+        conditions, target, hints = endpoint.conditions, endpoint.target_ref, endpoint.hints
+        bits = READY | SERVING
+        if conditions is not None:
+            bits = _CONDITIONS[conditions.ready, conditions.serving, conditions.terminating]
+        pod = f"{target.namespace or ''}/{target.name or ''}" if target and target.kind == "Pod" else ""
+        yield ip, endpoint.node_name or "", pod, bits, *(_NOWHERE if hints is None else hints_of(hints))
 
 
-def _pod(raw: Mapping[str, Any]) -> PodRecord:
-    namespace, name = name_of(raw)
-    metadata: dict[str, Any] = raw["metadata"]
-    spec: dict[str, Any] = member(raw, "spec", dict, "") or {}
-    status: dict[str, Any] = member(raw, "status", dict, "") or {}
-    listed = [
-        text_of(entry, "ip", f"status.podIPs[{index}]")
-        for index, entry in enumerate(members(status, "podIPs", dict, "status"))
-    ] or [text_of(status, "podIP", "status")]
-    host_network = member(spec, "hostNetwork", bool, "spec") or False
+def _pod(found: wire.Pod) -> PodRecord:
+    namespace, name = name_of(found)
+    metadata = _metadata(found)
+    spec, status = found.spec or wire.PodSpec(), found.status or wire.PodStatus()
+    listed = [entry.ip or "" for entry in status.pod_ips or ()] or [status.pod_ip or ""]
+    host_network = spec.host_network or False
     pod = Pod(
         namespace=namespace,
         name=name,
-        uid=text_of(metadata, "uid", "metadata"),
-        node=sys.intern(text_of(spec, "nodeName", "spec")),
+        uid=metadata.uid or "",
+        node=sys.intern(spec.node_name or ""),
         ips=tuple(ip_of(ip, f"status.podIPs[{index}].ip") for index, ip in enumerate(listed) if ip),
         host_network=host_network,
     )
-    ended = text_of(status, "phase", "status") in ("Succeeded", "Failed")
-    created = time_of(metadata, "creationTimestamp", "metadata")
-    leaving = bool(text_of(metadata, "deletionTimestamp", "metadata"))
-    return PodRecord(pod, created, leaving, not (host_network or ended))
+    ended = status.phase in ("Succeeded", "Failed")
+    created = time_of(metadata.creation_timestamp, "metadata.creationTimestamp")
+    mirror = metadata.annotations.mirror if metadata.annotations else None
+    return PodRecord(
+        pod,
+        created,
+        bool(metadata.deletion_timestamp),
+        not (host_network or ended),
+        mirror if isinstance(mirror, str) and mirror else pod.uid,
+    )
 
 
-def _node(raw: Mapping[str, Any]) -> NodeRecord:
-    _, name = name_of(raw)
-    status: dict[str, Any] = member(raw, "status", dict, "") or {}
-    found = []
-    for index, entry in enumerate(members(status, "addresses", dict, "status")):
-        path = f"status.addresses[{index}]"
-        if text_of(entry, "type", path) in ("InternalIP", "ExternalIP"):
-            found.append(ip_of(text_of(entry, "address", path), f"{path}.address"))
-    labels: dict[str, Any] = member(raw["metadata"], "labels", dict, "metadata") or {}
-    return NodeRecord(name, tuple(dict.fromkeys(found)), text_of(labels, ZONE_LABEL, "metadata.labels"))
+def _node(found: wire.Node) -> NodeRecord:
+    _, name = name_of(found)
+    addresses = [
+        ip_of(entry.address or "", f"status.addresses[{index}].address")
+        for index, entry in enumerate((found.status.addresses if found.status else None) or ())
+        if entry.type in ("InternalIP", "ExternalIP")
+    ]
+    labels = _metadata(found).labels or _NO_LABELS
+    return NodeRecord(name, tuple(dict.fromkeys(addresses)), labels.zone or "")

@@ -1,50 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where traffic may go: a Service's traffic policies and an endpoint's hints, decoded like all other fields."""
+"""Where traffic may go: a Service's traffic policies and an endpoint's hints."""
 
 import sys
-from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any
+from collections.abc import Sequence
 
-from kptrace.identity.fields import member, members, text_of
 from kptrace.identity.records import LocalPolicy
-from kptrace.model.identity import NO_HINTS, Hints
+from kptrace.identity.wire import EndpointHints, Hint, ServiceSpec
 
 
-def local_policy(spec: Mapping[str, Any]) -> LocalPolicy:
+def local_policy(spec: ServiceSpec) -> LocalPolicy:
     """Which traffic policies of a Service's specification are Local, of those that are in force."""
     found = LocalPolicy.NONE
-    if text_of(spec, "internalTrafficPolicy", "spec") == "Local":
+    if spec.internal_traffic_policy == "Local":
         found |= LocalPolicy.INTERNAL
     # The policy is left over where a Service is no longer reached from outside.
-    outside = text_of(spec, "type", "spec") in ("LoadBalancer", "NodePort") or members(
-        spec, "externalIPs", str, "spec"
-    )
-    if outside and text_of(spec, "externalTrafficPolicy", "spec") == "Local":
+    outside = spec.type in ("LoadBalancer", "NodePort") or spec.external_ips
+    if outside and spec.external_traffic_policy == "Local":
         found |= LocalPolicy.EXTERNAL
     return found
 
 
-def hints_of(raw: Mapping[str, Any], path: str) -> Hints:
-    """The hints of an EndpointSlice's endpoint."""
-    hints: dict[str, Any] | None = member(raw, "hints", dict, path)
-    if not hints:
-        return NO_HINTS
-    zones, nodes = (
-        tuple(
-            sorted(
-                {
-                    sys.intern(text_of(each, "name", path))
-                    for each in members(hints, key, dict, f"{path}.hints")
-                }
-            )
-        )
-        for key in ("forZones", "forNodes")
-    )
-    return _shared(Hints(zones, nodes))
+def hints_of(hints: EndpointHints) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The zones and the nodes that an endpoint is meant for, each sorted."""
+    return _names(hints.for_zones), _names(hints.for_nodes)
 
 
-@lru_cache(maxsize=1024)
-def _shared(hints: Hints) -> Hints:
-    """The same object for the same hints: there are many endpoints and few zones."""
-    return hints
+def _names(hints: Sequence[Hint] | None) -> tuple[str, ...]:
+    return tuple(sorted({sys.intern(hint.name or "") for hint in hints or ()}))

@@ -6,7 +6,8 @@ from enum import IntFlag, StrEnum
 from typing import ClassVar
 
 from kptrace.identity.fields import NEWEST
-from kptrace.model.identity import Endpoint, Pod, Protocol, ServicePort
+from kptrace.identity.packing import NOTHING, ByPort, Packed, pack_endpoints, unpack
+from kptrace.model.identity import Pod, ServicePort
 
 Name = tuple[str, str]
 
@@ -73,14 +74,14 @@ class ServiceRecord:
         return self.namespace, self.name
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class SliceRecord:
     """An EndpointSlice.
 
     Attributes:
         namespace, name: its own.
         service: name of the Service in the same namespace; empty for none that kube-proxy serves.
-        endpoints: by port name and protocol.
+        packed: its endpoints.
         trigger_ns: when the change happened that it was last written for, in ns since the epoch, by the clock of
             whoever saw it; 0 where it does not say. A slice of which no more than this changed is the same slice.
     """
@@ -88,14 +89,36 @@ class SliceRecord:
     kind: ClassVar[Kind] = Kind.ENDPOINT_SLICES
     namespace: str
     name: str
-    service: str = ""
-    endpoints: tuple[tuple[tuple[str, Protocol], tuple[Endpoint, ...]], ...] = ()
-    trigger_ns: int = field(default=0, compare=False)
+    service: str
+    packed: Packed
+    trigger_ns: int = field(compare=False)
+
+    def __init__(
+        self,
+        namespace: str,
+        name: str,
+        service: str = "",
+        endpoints: Packed | ByPort = NOTHING,
+        trigger_ns: int = 0,
+    ) -> None:
+        """Keep these endpoints: packed, or by port."""
+        packed = endpoints if isinstance(endpoints, Packed) else pack_endpoints(endpoints)
+        for name_, value in zip(
+            ("namespace", "name", "service", "packed", "trigger_ns"),
+            (namespace, name, service, packed, trigger_ns),
+            strict=True,
+        ):
+            object.__setattr__(self, name_, value)
 
     @property
     def key(self) -> Name:
         """Namespace and name."""
         return self.namespace, self.name
+
+    @property
+    def endpoints(self) -> ByPort:
+        """Its endpoints by port name and protocol; unpacked anew each time."""
+        return unpack(self.packed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +129,7 @@ class PodRecord:
         pod: its names and addresses.
         created: seconds since the epoch, `NEWEST` where unknown.
         leaving: whether it is being deleted.
+        cgroup_uid: the uid in its cgroups' paths: of a static pod another than its own.
         owns_addresses: not so in the host's network, nor once it has ended: its addresses are then another's.
     """
 
@@ -114,6 +138,7 @@ class PodRecord:
     created: int = NEWEST
     leaving: bool = False
     owns_addresses: bool = True
+    cgroup_uid: str = ""
 
     @property
     def key(self) -> Name:

@@ -4,8 +4,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from kptrace.identity.objects import HEADLESS_LABEL, PROXY_NAME_LABEL
 from kptrace.identity.records import Kind
+from kptrace.identity.wire import HEADLESS_LABEL, PROXY_NAME_LABEL
 from kptrace.model.errors import UsageError
 
 #: kube-proxy's own selector, for Services and EndpointSlices alike: its watches and these share the server's caches.
@@ -41,7 +41,9 @@ class Resource:
 
 
 def resources(level: Level, *, node: str = "", endpoint_slices: bool = False) -> tuple[Resource, ...]:
-    """What a level watches: Services; EndpointSlices if asked for; at `full` this node and its pods.
+    """What a level watches: Services; at `full` this node and its pods too.
+
+    EndpointSlices if asked for, and this node with them: its zone chooses among endpoints.
 
     Raises:
         UsageError: `full` without the name of the node.
@@ -59,5 +61,6 @@ def resources(level: Level, *, node: str = "", endpoint_slices: bool = False) ->
                 remedy="set KPTRACE_NODE_NAME from the downward API's spec.nodeName, or --node-name",
             )
         found.append(Resource(Kind.PODS, "/api/v1/pods", (("fieldSelector", f"spec.nodeName={node}"),)))
+    if node and (endpoint_slices or level is Level.FULL):
         found.append(Resource(Kind.NODES, "/api/v1/nodes", (("fieldSelector", f"metadata.name={node}"),)))
     return tuple(found)

@@ -10,9 +10,11 @@ from pathlib import Path
 import structlog
 
 from kptrace.identity.client import KubernetesApi
-from kptrace.identity.feed import REJECTED, Changed, Feed, Listed, Message, Rejected, Trouble
+from kptrace.identity.differences import Difference, Differences, Programmed
+from kptrace.identity.feed import REJECTED, Feed, Message, Rejected, Trouble
 from kptrace.identity.files import FileFeed
 from kptrace.identity.health import SIGNAL, Health
+from kptrace.identity.records import Name
 from kptrace.identity.resources import Level, resources
 from kptrace.identity.store import Store
 from kptrace.identity.watchfeed import WatchFeed
@@ -30,8 +32,9 @@ OBJECTS = MetricSpec(
 LAST_EVENT = MetricSpec(
     "kptrace_identity_last_event_timestamp_seconds",
     "gauge",
-    "When the source of names last said that objects exist, changed or stayed (a list, a watch event, a bookmark, "
-    "a file that was read). Seconds since the epoch.",
+    "When each watch (or the file) last said that objects exist, changed or stayed: a list, an event, a bookmark about "
+    "every minute. Seconds since the epoch; without a sample nothing was heard yet.",
+    ("scope",),
 )
 ERRORS = MetricSpec(
     "kptrace_identity_errors_total",
@@ -75,17 +78,22 @@ class Identity:
         *,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        node: str = "",
     ) -> None:
-        """Take names from `feed`; None for no names at all. The clocks give monotonic and epoch seconds."""
+        """Take names from `feed`; None for no names at all.
+
+        The clocks give monotonic and epoch seconds; `node` is this node's name.
+        """
         self._feed = feed
         self._clock = clock
         self._wall = wall
         self._log = structlog.get_logger()
         self._store = Store()
+        self._differences = Differences(self._store, feed.scopes if feed else (), node)
         self._snapshot = self._store.snapshot()
         self._subscribers: list[Subscriber] = []
         self._errors: Counter[str] = Counter(dict.fromkeys((*feed.reasons, REJECTED), 0) if feed else {})
-        self._last_event: float | None = None
+        self._last_event: dict[str, float] = {}
         self._health: dict[str, Health] = {scope: Health(scope) for scope in (feed.scopes if feed else ())}
         self._families = self._collect()
 
@@ -104,7 +112,8 @@ class Identity:
         if settings.kubeconfig is not None and not settings.kubeconfig.is_file():
             raise UsageError(f"no kubeconfig at {settings.kubeconfig}", remedy="see --kubeconfig")
         api = KubernetesApi(settings.kubeconfig)
-        return cls(WatchFeed(api, wanted, start_delay=settings.start_delay, clock=clock), clock=clock)
+        feed = WatchFeed(api, wanted, start_delay=settings.start_delay, clock=clock)
+        return cls(feed, clock=clock, node=settings.node)
 
     @property
     def ready(self) -> bool:
@@ -133,6 +142,30 @@ class Identity:
     def subscribe(self, callback: Subscriber) -> None:
         """Call with each new snapshot, on the owner's thread; not with the present one."""
         self._subscribers.append(callback)
+
+    def follow(self, listener: Callable[[Difference], None]) -> None:
+        """Call with what each event changes of what kube-proxy is to program on this node, on the owner's thread."""
+
+        def guarded(difference: Difference) -> None:
+            try:
+                listener(difference)
+            except Exception:  # noqa: BLE001 - its bug must not keep the names from the others
+                self._log.exception("identity_follower_failed")
+
+        self._differences.listen(guarded)
+
+    @property
+    def followed(self) -> bool:
+        """Whether all that it takes to say what is to be programmed is watched, and was listed."""
+        return self._differences.ready
+
+    def programmed(self) -> tuple[Name, ...]:
+        """The Services that there are; on the owner's thread."""
+        return self._differences.names()
+
+    def wanted(self, name: Name) -> Programmed:
+        """What kube-proxy is to program of a Service on this node; on the owner's thread."""
+        return self._differences.wanted(name)
 
     def poll(self) -> None:
         """Take what arrived, publish a new snapshot if anything changed, and tell the subscribers."""
@@ -168,12 +201,8 @@ class Identity:
         return tuple(health.state(now) for health in self._health.values())
 
     def _take(self, message: Message) -> None:
+        self._differences.apply(message)
         match message:
-            case Listed():
-                self._store.replace(message.kind, message.records, message.at)
-            case Changed():
-                for event in message.events:
-                    self._store.apply(event, message.at)
             case Trouble():
                 self._errors[message.reason] += 1
                 what = message.message or message.detail
@@ -183,7 +212,7 @@ class Identity:
                 self._log.warning("identity_object_rejected", scope=message.scope, detail=message.detail)
         if not isinstance(message, Trouble):
             # Messages carry monotonic time; what is exposed is the clock on the wall at that moment.
-            self._last_event = self._wall() - max(0.0, self._clock() - message.at)
+            self._last_event[message.scope] = self._wall() - max(0.0, self._clock() - message.at)
 
     def _tell(self, subscriber: Subscriber) -> None:
         try:
@@ -196,6 +225,6 @@ class Identity:
         objects = tuple(
             Sample((kind,), float(count)) for kind, count in self._store.counts().items() if source
         )
-        last = () if self._last_event is None else (Sample((), self._last_event),)
+        last = tuple(Sample((scope,), at) for scope, at in self._last_event.items())
         errors = tuple(Sample((source, reason), float(count)) for reason, count in self._errors.items())
         return MetricFamily(OBJECTS, objects), MetricFamily(LAST_EVENT, last), MetricFamily(ERRORS, errors)

@@ -5,11 +5,13 @@ The cost of a change is that of the objects it touches, and one copy of each map
 mappings that did not change are shared with the snapshot before.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from kptrace.identity.addresses import AddressIndex
 from kptrace.identity.claims import Claims
+from kptrace.identity.joined import JoinedEndpoints, Sources, with_endpoints
 from kptrace.identity.records import Kind, Name, NodeRecord, PodRecord, Record, ServiceRecord, SliceRecord
 from kptrace.model.identity import Endpoint, Pod, Protocol, ServiceAddress, ServicePort, Snapshot
 
@@ -33,8 +35,10 @@ class Store:
         self._services: Claims[ServiceAddress, ServicePort] = Claims()
         self._node_ports: Claims[tuple[int, Protocol], ServicePort] = Claims()
         self._pods: Claims[str, Pod] = Claims()
+        self._pods_by_uid: Claims[str, Pod] = Claims()
+        self._by_address = AddressIndex()
         self._slices: dict[Name, dict[Name, SliceRecord]] = {}
-        self._endpoints: dict[ServicePort, tuple[Endpoint, ...]] = {}
+        self._endpoints: dict[ServicePort, Sources] = {}
         self._endpoints_view: Mapping[ServicePort, tuple[Endpoint, ...]] | None = None
         self._nodes_view: Mapping[str, tuple[str, ...]] | None = None
         self._unjoined: set[Name] = set()
@@ -42,17 +46,30 @@ class Store:
         self._newest = 0.0
         self._snapshot = Snapshot()
 
-    def apply(self, event: Event, at: float = 0.0) -> bool:
-        """Add, replace or remove one object; `at` is when the fact arrived (monotonic seconds).
+    def apply(
+        self,
+        event: Event,
+        at: float = 0.0,
+        about_to: Callable[[Record | None, Record | None], None] = lambda _old, _new: None,
+    ) -> bool:
+        """Add, replace or remove one object.
 
-        Returns whether anything is different now.
+        Args:
+            event: what to do.
+            at: when the fact arrived (monotonic seconds).
+            about_to: called with the object before and after it, before anything is done, where they differ.
+
+        Returns:
+            Whether anything is different now.
         """
         self._newest = max(self._newest, at)
         known = self._objects[event.kind]
         old = known.get(event.key)
         new = None if isinstance(event, Gone) else event
         if old == new:
+            self._refresh(new)
             return False
+        about_to(old, new)
         if old is not None:
             self._retract(old)
         if new is None:
@@ -65,10 +82,23 @@ class Store:
 
     def replace(self, kind: Kind, records: Iterable[Record], at: float = 0.0) -> bool:
         """Make these all objects of the kind that there are. Returns whether anything is different now."""
-        listed = {record.key: record for record in records}
-        gone = [Gone(kind, key) for key in self._objects[kind] if key not in listed]
-        changes = [self.apply(event, at) for event in (*gone, *listed.values())]
+        changes = [self.apply(event, at) for event in self.events_of(kind, records)]
         return any(changes)
+
+    def events_of(self, kind: Kind, records: Iterable[Record]) -> Iterator[Event]:
+        """What makes these all objects of the kind that there are; removals first."""
+        listed = {record.key: record for record in records}
+        yield from [Gone(kind, key) for key in self._objects[kind] if key not in listed]
+        yield from listed.values()
+
+    def endpoints_at(self, ip: str) -> Mapping[ServicePort, tuple[Endpoint, ...]]:
+        """The endpoints at an address as of the last snapshot, by Service port. For the owner's thread."""
+        slices = {port: records for port, (_, records) in self._endpoints.items()}
+        return self._by_address.at(ip, slices, self._snapshot.endpoints)
+
+    def services(self) -> Collection[Name]:
+        """The names of all Services."""
+        return self._objects[Kind.SERVICES].keys()
 
     def service(self, key: Name) -> ServiceRecord | None:
         """A Service, if there is one of this name."""
@@ -102,7 +132,7 @@ class Store:
             self._join(key)
         self._unjoined.clear()
         if self._endpoints_view is None:
-            self._endpoints_view = MappingProxyType(self._endpoints.copy())
+            self._endpoints_view = JoinedEndpoints(self._endpoints.copy())
         if self._nodes_view is None:
             nodes = (node for node in self._objects[Kind.NODES].values() if isinstance(node, NodeRecord))
             self._nodes_view = MappingProxyType({node.name: node.addresses for node in nodes})
@@ -113,9 +143,17 @@ class Store:
             node_ports=self._node_ports.view(),
             endpoints=self._endpoints_view,
             pods_by_ip=self._pods.view(),
+            pods_by_uid=self._pods_by_uid.view(),
             nodes=self._nodes_view,
         )
         return self._snapshot
+
+    def _refresh(self, record: Record | None) -> None:
+        """Keep what is told anew of an object that is the same: an annotation that is not part of it."""
+        if isinstance(record, SliceRecord):
+            self._objects[record.kind][record.key] = record
+            if record.service:
+                self._slices[record.namespace, record.service][record.key] = record
 
     def _assert(self, record: Record) -> None:
         match record:
@@ -138,6 +176,8 @@ class Store:
                 if record.owns_addresses:
                     for ip in record.pod.ips:
                         self._pods.claim(ip, _pod_rank(record), record.pod)
+                if record.cgroup_uid:
+                    self._pods_by_uid.claim(record.cgroup_uid, _pod_rank(record), record.pod)
             case NodeRecord():
                 self._nodes_view = None
 
@@ -152,7 +192,7 @@ class Store:
                         )
                     if port.node_port:
                         self._node_ports.release((port.node_port, port.service_port.protocol), rank)
-                    self._set_endpoints(port.service_port, ())
+                    self._set_endpoints(port.service_port, None)
                 self._unjoined.discard(record.key)
             case SliceRecord():
                 if record.service:
@@ -164,6 +204,8 @@ class Store:
             case PodRecord():
                 for ip in record.pod.ips if record.owns_addresses else ():
                     self._pods.release(ip, _pod_rank(record))
+                if record.cgroup_uid:
+                    self._pods_by_uid.release(record.cgroup_uid, _pod_rank(record))
             case NodeRecord():
                 self._nodes_view = None
 
@@ -172,32 +214,22 @@ class Store:
         service = self._objects[Kind.SERVICES].get(key)
         if not isinstance(service, ServiceRecord):
             return
-        slices = self._slices.get(key, {}).values()
+        slices = self._slices.get(key, {})
         for port in service.ports:
             wanted = port.name, port.service_port.protocol
-            found = [
-                end for record in slices for name, ends in record.endpoints if name == wanted for end in ends
-            ]
-            self._set_endpoints(port.service_port, _distinct(found))
+            self._set_endpoints(port.service_port, with_endpoints(wanted, slices.values()))
 
-    def _set_endpoints(self, port: ServicePort, endpoints: tuple[Endpoint, ...]) -> None:
-        if endpoints == self._endpoints.get(port, ()):
+    def _set_endpoints(self, port: ServicePort, sources: Sources | None) -> None:
+        if sources == self._endpoints.get(port):
             return
-        if endpoints:
-            self._endpoints[port] = endpoints
+        if sources:
+            self._endpoints[port] = sources
         else:
             del self._endpoints[port]
+        self._by_address.changed(port)
         self._endpoints_view = None
 
 
 def _pod_rank(record: PodRecord) -> tuple[bool, int, Pod]:
     """A pod that stays before one that leaves, then the youngest: it was given the address last."""
     return record.leaving, -record.created, record.pod
-
-
-def _distinct(endpoints: list[Endpoint]) -> tuple[Endpoint, ...]:
-    """In order, each address once: endpoints being moved between slices are in two, and the readier counts."""
-    best: dict[tuple[str, int], Endpoint] = {}
-    for endpoint in sorted(endpoints, key=lambda end: (end.ready, end.serving, end)):
-        best[endpoint.ip, endpoint.port] = endpoint
-    return tuple(sorted(best.values()))

@@ -1,33 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """List, then watch, for ever: three nested generators, one concern each.
 
-`keep_watching` waits and tries again, `list_then_watch` knows what to ask next, `stream` reads one answer. None of them
+`keep_watching` waits and tries again, `list_then_watch` knows what to ask next, `streaming` reads one answer. None of them
 knows threads, queues or the store; a message `Listed` marks the end of each list.
 """
 
-import json
+import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from kptrace.identity.api import Api, ApiError, Response, error_for
-from kptrace.identity.feed import Alive, Changed, Listed, Message, Rejected, Trouble
+from kptrace.identity.api import Api, ApiError
+from kptrace.identity.feed import Alive, Changed, Listed, Message, Trouble
 from kptrace.identity.fields import ObjectError
-from kptrace.identity.objects import decode, name_of
-from kptrace.identity.records import Record
+from kptrace.identity.listing import ListReader
+from kptrace.identity.objects import decode_bytes
+from kptrace.identity.records import Name, Record
 from kptrace.identity.resources import Resource
 from kptrace.identity.store import Event, Gone
+from kptrace.identity.streaming import check, read, rejection, stream
 
 _LIST_TIMEOUT = 60.0
-#: A server sends a bookmark about every minute. Nothing at all for this long: the connection is dead.
-_SILENCE = 150.0
 #: The server is asked to end a watch after this many seconds to twice as many, so that nodes spread over its replicas.
 _WATCH_SECONDS = 300
 #: A watch that has lived for so many seconds was a good one: the next attempt is not held back.
 _HEALTHY = 30.0
-_LONGEST_LINE = 16 << 20
+#: While thousands of objects come, it is said now and then that they do.
+_TELL_SECONDS = 1.0
 _PAGE = "500"
+#: By these an API server refuses to begin a watch with the objects that there are (before 1.32, or on an old etcd).
+_NO_INITIAL_EVENTS = frozenset({400, 405, 422})
 
 
 class Backoff:
@@ -91,124 +93,92 @@ def keep_watching(api: Api, resource: Resource, tools: Tools) -> Iterator[Messag
 def list_then_watch(api: Api, resource: Resource, cursor: Cursor, tools: Tools) -> Iterator[Message]:
     """List unless the cursor knows where to go on, then watch until one stream ends without an error.
 
+    A list is a watch that begins with all objects, where the server can do that: neither side then ever holds them all
+    as text. Elsewhere, and always for both, it is from the server's cache.
+
     Raises:
         ApiError: if it is `expired`, the cursor is empty: the next call lists, from the server's cache.
     """
-    if not cursor.version:
-        yield from _list(api, resource, cursor, tools)
-    seconds = tools.rng.randint(_WATCH_SECONDS, 2 * _WATCH_SECONDS)
-    query = {
-        **dict(resource.selectors),
-        "watch": "1",
-        "allowWatchBookmarks": "true",
-        "resourceVersion": cursor.version,
-        "timeoutSeconds": str(seconds),
-    }
     try:
-        for batch in stream(api, resource.path, query):
-            yield from _reduce(batch, resource, cursor, tools.clock())
+        if not cursor.version:
+            try:
+                yield from _watch(api, resource, cursor, tools, initial={})
+            except ApiError as error:
+                if error.status not in _NO_INITIAL_EVENTS:
+                    raise
+            else:
+                return
+            yield from _list(api, resource, cursor, tools)
+        yield from _watch(api, resource, cursor, tools)
     except ApiError as error:
         if error.reason == "expired":
             cursor.version = ""
         raise
 
 
-def stream(api: Api, path: str, query: dict[str, str]) -> Iterator[list[dict[str, Any]]]:
-    """The events of one watch, in the batches in which they arrive; an empty one says that the server has accepted.
+def _watch(
+    api: Api, resource: Resource, cursor: Cursor, tools: Tools, *, initial: dict[Name, Record] | None = None
+) -> Iterator[Message]:
+    """Watch from the cursor; with `initial`, where all objects are collected, from nothing.
 
-    Raises:
-        ApiError: no answer, a refusal, silence, or something that is no watch.
+    The cursor moves only when what leads to it has been taken, and with `initial` not before all objects have come.
     """
-    response = api.get(path, query, read_timeout=_SILENCE)
-    try:
-        _check(response, path)
-        yield []
-        rest = b""
-        for chunk in response.chunks():
-            *lines, rest = (rest + chunk).split(b"\n")
-            if len(rest) > _LONGEST_LINE:
-                raise ApiError("malformed_stream", f"{path}: an event of more than {_LONGEST_LINE} bytes")
-            if events := [_mapping(line, path) for line in lines if line.strip()]:
-                yield events
-    finally:
-        response.close()
+    seconds = tools.rng.randint(_WATCH_SECONDS, 2 * _WATCH_SECONDS)
+    begin = {} if initial is None else {"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}
+    query = {
+        **dict(resource.selectors),
+        **begin,
+        "watch": "1",
+        "allowWatchBookmarks": "true",
+        "resourceVersion": cursor.version or "0",
+        "timeoutSeconds": str(seconds),
+    }
+    heard = -math.inf
+    for at, lines in stream(api, resource.path, query, tools.clock):
+        batch = read(lines, resource, at)
+        yield from batch.rejected
+        if initial is not None:
+            _collect(initial, batch.events)
+            if batch.complete:
+                yield Listed(resource.scope, at, resource.kind, tuple(initial.values()))
+                initial = None
+            elif at >= heard + _TELL_SECONDS:
+                heard = at
+                yield Alive(resource.scope, at)
+        elif batch.events:
+            yield Changed(resource.scope, at, batch.events)
+        else:
+            yield Alive(resource.scope, at)
+        if initial is None:
+            cursor.version = batch.version or cursor.version
+
+
+def _collect(objects: dict[Name, Record], events: Iterable[Event]) -> None:
+    for event in events:
+        if isinstance(event, Gone):
+            objects.pop(event.key, None)
+        else:
+            objects[event.key] = event
 
 
 def _list(api: Api, resource: Resource, cursor: Cursor, tools: Tools) -> Iterator[Message]:
     # Version 0 is answered from the server's cache; without it, every node's list would go to etcd.
     query = {**dict(resource.selectors), "limit": _PAGE, "resourceVersion": "0"}
     records: list[Record] = []
-    rejected: list[Message] = []
     while True:
         response = api.get(resource.path, query, read_timeout=_LIST_TIMEOUT)
         try:
-            _check(response, resource.path)
-            page = _mapping(response.body(), resource.path)
+            check(response, resource.path)
+            reader = ListReader(response.chunks(), resource.path)
+            for item in reader.items():
+                try:
+                    records.append(decode_bytes(resource.kind, item)[0])
+                except ObjectError as error:
+                    yield rejection(resource, tools.clock(), error)
         finally:
             response.close()
-        metadata, items = page.get("metadata") or {}, page.get("items") or []
-        if not isinstance(metadata, dict) or not isinstance(items, list):
-            raise ApiError("malformed_stream", f"{resource.path}: no list")
-        for item in items:
-            try:
-                records.append(_decode(resource, item))
-            except ObjectError as error:
-                rejected.append(_rejected(resource, tools.clock(), error))
-        if not metadata.get("continue"):
+        if not reader.more:
             break
-        query = {**dict(resource.selectors), "limit": _PAGE, "continue": str(metadata["continue"])}
-    yield from rejected
+        query = {**dict(resource.selectors), "limit": _PAGE, "continue": reader.more}
     yield Listed(resource.scope, tools.clock(), resource.kind, tuple(records))
-    cursor.version = str(metadata.get("resourceVersion") or "0")
-
-
-def _reduce(batch: list[dict[str, Any]], resource: Resource, cursor: Cursor, at: float) -> Iterator[Message]:
-    """The messages of one batch; the cursor moves only when they have been taken."""
-    events: list[Event] = []
-    version = cursor.version
-    for line in batch:
-        raw, change = line.get("object"), line.get("type")
-        if not isinstance(raw, dict):
-            raise ApiError("malformed_stream", f"{resource.path}: an event without an object")
-        if change == "ERROR":
-            code = raw.get("code")
-            raise error_for(
-                code if isinstance(code, int) else 500, resource.path, str(raw.get("reason") or "")
-            )
-        metadata = raw.get("metadata")
-        if isinstance(metadata, dict):
-            version = str(metadata.get("resourceVersion") or version)
-        try:
-            if change == "DELETED":
-                events.append(Gone(resource.kind, name_of(raw)))
-            elif change != "BOOKMARK":
-                events.append(_decode(resource, raw))
-        except ObjectError as error:
-            yield _rejected(resource, at, error)
-    yield Changed(resource.scope, at, tuple(events)) if events else Alive(resource.scope, at)
-    cursor.version = version
-
-
-def _decode(resource: Resource, raw: Any) -> Record:
-    if not isinstance(raw, dict):
-        raise ObjectError("", "a mapping", raw)
-    return decode(resource.kind, raw)
-
-
-def _rejected(resource: Resource, at: float, error: ObjectError) -> Rejected:
-    return Rejected(resource.scope, at, f"{error.path or 'the object'}: expected {error.expected}")
-
-
-def _mapping(data: bytes, path: str) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ApiError("malformed_stream", f"{path}: no JSON") from error
-    if not isinstance(value, dict):
-        raise ApiError("malformed_stream", f"{path}: no JSON object")
-    return value
-
-
-def _check(response: Response, path: str) -> None:
-    if response.status != 200:
-        raise error_for(response.status, path, retry_after=response.retry_after)
+    cursor.version = reader.version

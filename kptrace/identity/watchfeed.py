@@ -16,7 +16,7 @@ from kptrace.identity.resources import Resource
 from kptrace.identity.watch import Tools, keep_watching
 
 #: Messages that wait for the owner; a full queue makes the watches wait, and then the API server's.
-QUEUE_LENGTH = 256
+QUEUE_LENGTH = 4096
 _PUT_SECONDS = 0.2
 _JOIN_SECONDS = 2.0
 

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 from base64 import b64decode
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,8 @@ class Compiler:
         self._cache_dir = cache_dir
         self._python = python
         self._log = structlog.get_logger()
+        self._abandoned = threading.Event()
+        self._workers: set[CompileWorker] = set()
         self.from_cache = False
 
     def build(self, request: Request) -> Bytecode:
@@ -95,9 +98,13 @@ class Compiler:
 
         def work() -> None:
             with CompileWorker(self._btf, python=self._python) as worker, suppress(IndexError):
-                while True:  # until the queue is empty
-                    number = queue.popleft()
-                    answers[number] = self._compile(worker, questions[number], keys[number])
+                self._workers.add(worker)
+                try:
+                    while True:  # until the queue is empty
+                        number = queue.popleft()
+                        answers[number] = self._compile(worker, questions[number], keys[number])
+                finally:
+                    self._workers.discard(worker)
 
         if children:
             with ThreadPoolExecutor(max_workers=children) as pool:
@@ -105,7 +112,15 @@ class Compiler:
                     done.result()
         return [answers[number] for number in range(len(requests))]
 
+    def abandon(self) -> None:
+        """End what is being compiled, and compile nothing any more: whoever waits for it gets a CompileError."""
+        self._abandoned.set()
+        for worker in tuple(self._workers):
+            worker.kill()
+
     def _compile(self, worker: CompileWorker, question: Mapping[str, Any], key: str) -> Bytecode | Failure:
+        if self._abandoned.is_set():
+            return CompileError("it was given up before it was compiled", remedy="start again")
         try:
             text = worker.ask(question)
             answer = _decode(text)

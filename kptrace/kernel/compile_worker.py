@@ -102,6 +102,12 @@ class CompileWorker:
             )
         return answer
 
+    def kill(self) -> None:
+        """End the child, from any thread: a question that it was asked fails."""
+        child = self._child
+        if child is not None:
+            child.process.kill()
+
     def _post_mortem(self, child: _Child, *, late: bool) -> CompileError:
         code = child.process.wait(_END_SECONDS)
         child.errors.seek(0)

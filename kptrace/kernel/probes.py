@@ -144,7 +144,7 @@ def tracepoint(context: Context) -> Support:
     try:
         return Support.yes(f"tracefs: {context.calls.find_tracefs(context.host)}")
     except UnsupportedError as error:
-        return Support.no("no_tracefs", str(error))
+        return Support.no("no_tracefs", f"{error}; {context.lockdown}")
 
 
 def raw_tracepoint(context: Context) -> Support:

@@ -20,7 +20,7 @@ class Tracefs:
         """Find tracefs below `sys_root`, or mount one privately.
 
         Raises:
-            UnsupportedError: neither is there.
+            UnsupportedError: neither is there, or it is empty.
         """
         self._fd = -1
         for candidate in (sys_root / "kernel/tracing", sys_root / "kernel/debug/tracing"):
@@ -35,6 +35,13 @@ class Tracefs:
                 f"tracefs is not mounted at /sys/kernel/tracing and a private mount was refused: {error}",
                 remedy="mount tracefs at /sys/kernel/tracing, or grant CAP_SYS_ADMIN",
             ) from error
+        if not os.access("events", os.F_OK, dir_fd=self._fd):
+            # Linux kernel commit bf8e602186ec ("tracing: Do not create tracefs files if tracefs lockdown is in effect") (in
+            # v5.4): to mount it succeeds all the same.
+            self.close()
+            raise UnsupportedError(
+                "a private mount of tracefs has no events", remedy="see the lockdown in 'kptrace check'"
+            )
         self.origin = "private mount"
 
     def event_id(self, group: str, name: str) -> int:

@@ -52,9 +52,8 @@ class Hints(NamedTuple):
 NO_HINTS = Hints()
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Endpoint:
-    """One back end of a Service port.
+class Endpoint(NamedTuple):
+    """One back end of a Service port: a tuple, since there are very many of them.
 
     Attributes:
         ip: text form.
@@ -98,6 +97,7 @@ class Snapshot:
         node_ports: `(port, protocol)` to Service port.
         endpoints: back ends of each Service port.
         pods_by_ip: pods that own their address (not those of the host network).
+        pods_by_uid: pods by the uid in their cgroups' paths.
         nodes: node name to its addresses.
     """
 
@@ -111,4 +111,5 @@ class Snapshot:
         default_factory=lambda: MappingProxyType({})
     )
     pods_by_ip: Mapping[str, Pod] = field(default_factory=lambda: MappingProxyType({}))
+    pods_by_uid: Mapping[str, Pod] = field(default_factory=lambda: MappingProxyType({}))
     nodes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metric families as plain data: what a signal produces and what `kptrace.export` turns into text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 Kind = Literal["counter", "gauge", "histogram", "info"]
@@ -37,6 +38,24 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Exemplar:
+    """One observation that a histogram's bucket points to; only OpenMetrics shows it.
+
+    Attributes:
+        labels: names and values, 128 characters in all at most.
+        value: in base units.
+        timestamp: Unix time, seconds.
+    """
+
+    labels: Mapping[str, str]
+    value: float
+    timestamp: float
+
+
+_NO_EXEMPLARS: Mapping[float, Exemplar] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
 class HistogramSample:
     """One histogram under its label values.
 
@@ -44,11 +63,13 @@ class HistogramSample:
         labels: values in the order of the specification's labels.
         buckets: `(le, cumulative count)`, ascending, the last `le` is `math.inf`: in base units, inclusive.
         sum: of all observations, in base units.
+        exemplars: by the `le` of the bucket that the observation fell into.
     """
 
     labels: tuple[str, ...]
     buckets: tuple[tuple[float, int], ...]
     sum: float
+    exemplars: Mapping[float, Exemplar] = field(default_factory=lambda: _NO_EXEMPLARS)
 
     @property
     def count(self) -> int:

@@ -5,7 +5,7 @@ import math
 from bisect import bisect_left
 from typing import Final
 
-from kptrace.model.metrics import HistogramSample
+from kptrace.model.metrics import Exemplar, HistogramSample
 
 #: Edges in seconds, 10 us to 30 min: 16 with +Inf.
 REWRITE_LADDER: Final = (
@@ -20,11 +20,15 @@ class Histogram:
         self._ladder = ladder
         self._counts = [0] * (len(ladder) + 1)
         self._sum_ns = 0
+        self._exemplars: dict[float, Exemplar] = {}
 
-    def add(self, duration_ns: int) -> None:
-        """Count one duration."""
-        self._counts[bisect_left(self._ladder, duration_ns / 1e9)] += 1
+    def add(self, duration_ns: int, exemplar: Exemplar | None = None) -> None:
+        """Count one duration; its bucket points to the last one that came with an exemplar."""
+        index = bisect_left(self._ladder, duration_ns / 1e9)
+        self._counts[index] += 1
         self._sum_ns += duration_ns
+        if exemplar is not None:
+            self._exemplars[(*self._ladder, math.inf)[index]] = exemplar
 
     def sample(self, labels: tuple[str, ...]) -> HistogramSample:
         """The present state."""
@@ -32,4 +36,4 @@ class Histogram:
         for edge, count in zip((*self._ladder, math.inf), self._counts, strict=True):
             total += count
             buckets.append((edge, total))
-        return HistogramSample(labels, tuple(buckets), self._sum_ns / 1e9)
+        return HistogramSample(labels, tuple(buckets), self._sum_ns / 1e9, dict(self._exemplars))

@@ -20,7 +20,15 @@ from kptrace.signals.lookup_follow import BracketFollower, Chains
 from kptrace.signals.lookup_govern import Costs, OverheadGovernor
 from kptrace.signals.lookup_kernel import LookupKernel
 from kptrace.signals.lookup_plan import Boundary
-from kptrace.signals.lookup_services import CELL_BYTES, PLANES, SERVICE_SPEC, ServiceNumbers, ServiceTop
+from kptrace.signals.lookup_services import (
+    CELL_BYTES,
+    NAMED_SERIES,
+    PLANES,
+    SERVICE_SPEC,
+    ServiceNumbers,
+    ServiceTop,
+    service_rows,
+)
 from kptrace.signals.sampling import Sampling
 
 #: What `make bench` measured on the reference machine.
@@ -49,6 +57,7 @@ class Options:
     sampling: Sampling = Sampling()
     budget: float = 0.0
     with_nfqueue: bool = False
+    named_services: int = NAMED_SERIES
 
 
 class LookupSignal:
@@ -73,7 +82,7 @@ class LookupSignal:
         self._log = structlog.get_logger(signal=self.name)
         self._follower = BracketFollower(kernel, netns, chains, with_nfqueue=options.with_nfqueue)
         self._services = ServiceNumbers()
-        self._top = ServiceTop()
+        self._top = ServiceTop(options.named_services)
         self._governor = OverheadGovernor(options.sampling, options.budget, COSTS, clock)
         self._floor: float | None = None
         self._closed = False
@@ -170,6 +179,12 @@ class LookupSignal:
             shown = (f"{s.namespace}/{s.name}:{s.port}/{s.protocol.name}" for s in self._top.named(known))
             services["named"] = ", ".join(shown)
         return {**status_rows(self._published), "services": services}
+
+    def explain(self, namespace: str, name: str) -> Mapping[str, object]:
+        """What first packets to one Service cost, since the start."""
+        known = list(self._services.names)
+        rows = service_rows(self._service_words(), known, (namespace, name))
+        return {"look-ups of first packets": rows}
 
     def losses(self) -> Mapping[tuple[str, str], int]:
         """None that are events: unpaired packets have a metric of their own."""

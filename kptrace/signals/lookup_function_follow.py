@@ -129,7 +129,10 @@ class FunctionFollower:
         detail = "; ".join(f"{function.name}: {self._say(function, here)}" for function in FUNCTIONS)
         if refused:
             reason = "no_module_btf" if isinstance(refused[0], BtfError) else "attach_refused"
-            return self._row(State.DEGRADED if self._attached else State.UNAVAILABLE, reason, detail)
+            # Without modules' BTF a kprobe still finds the functions whose modules may come; after fentry there is that.
+            waits = self._kernel.mechanism == "kprobe" and any(function not in here for function in FUNCTIONS)
+            hopeful = self._attached or (waits and all(isinstance(error, BtfError) for error in refused))
+            return self._row(State.DEGRADED if hopeful else State.UNAVAILABLE, reason, detail)
         return self._row(State.ACTIVE, "ok" if self._attached else "waiting_for_module", detail)
 
     def _say(self, function: Function, here: dict[Function, int]) -> str:

@@ -167,6 +167,33 @@ class ServiceTop:
                 yield _sample((mechanism, dataplane.value, OTHER, OTHER, OTHER, OTHER), rest)
 
 
+def service_rows(
+    cells: "array[int]", names: Sequence[ServicePort], service: tuple[str, str]
+) -> list[Mapping[str, object]]:
+    """Each port of a Service and data plane that had first packets: how many, their mean, and between what most were."""
+    rows: list[Mapping[str, object]] = []
+    for number, port in enumerate(names):
+        if (port.namespace, port.name) != service:
+            continue
+        for plane, dataplane in enumerate(PLANES):
+            words = _words(cells, number * len(PLANES) + plane)
+            count = sum(words[:SLOTS])
+            if count:
+                edges = (0.0, *SERVICE_LADDER_NS, float("inf"))
+                most = max(range(SLOTS), key=lambda slot: words[slot])
+                rows.append(
+                    {
+                        "port": f"{port.port}/{port.protocol.name.lower()}",
+                        "dataplane": dataplane.value,
+                        "count": count,
+                        "mean ns": round(words[SLOTS] / count),
+                        "most above ns": edges[most],
+                        "most up to ns": edges[most + 1],
+                    }
+                )
+    return rows
+
+
 def _words(cells: "array[int]", cell: int) -> "array[int]":
     return cells[cell * CELL_WORDS : (cell + 1) * CELL_WORDS]
 

@@ -28,7 +28,7 @@ class Mechanism:
 #: the compiler reads the BTF itself.
 SLOW_FEATURES = frozenset({"btf_vmlinux", "kfunc_dynptr_from_skb", "kfunc_rdonly_cast", "fentry", "kprobe"})
 
-_SYSCALLS = ("btf_vmlinux", "tracepoint", "raw_tracepoint", "ring_buffer")
+_SYSCALLS = ("btf_vmlinux", "tracepoint", "raw_tracepoint", "ring_buffer", "follow_pointers")
 
 MECHANISMS = (
     Mechanism(
@@ -52,9 +52,31 @@ MECHANISMS = (
     Mechanism(
         "lookup", "kprobe", ("bpf_syscall", "btf_vmlinux", "mmapable_array", "follow_pointers", "kprobe")
     ),
-    Mechanism("sync", "tracepoint", ("btf_vmlinux", "raw_tracepoint", "ring_buffer")),
+    Mechanism("sync", "tracepoint", ("btf_vmlinux", "raw_tracepoint", "ring_buffer", "follow_pointers")),
     Mechanism("rewrite", "tracepoint", _SYSCALLS),
+    Mechanism(
+        "rewrite_phases",
+        "fentry",
+        (
+            "bpf_syscall",
+            "btf_vmlinux",
+            "ring_buffer",
+            "mmapable_array",
+            "follow_pointers",
+            "btf_modules",
+            "fentry",
+        ),
+    ),
+    Mechanism(
+        "rewrite_phases",
+        "kprobe",
+        ("bpf_syscall", "btf_vmlinux", "ring_buffer", "mmapable_array", "follow_pointers", "kprobe"),
+    ),
     Mechanism("xtables_lock", "tracepoint", _SYSCALLS),
+    # It joins what the rewrite and sync signals tell.
+    Mechanism("programming", "watch", _SYSCALLS),
+    Mechanism("drift", "netlink", ()),
+    Mechanism("kube_proxy", "scrape", ()),
 )
 
 

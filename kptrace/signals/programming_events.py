@@ -117,8 +117,8 @@ class Fate(StrEnum):
 class Reason(StrEnum):
     """Why a change is not measured.
 
-    OVERFLOW: too many were pending. RELISTED: it was found by listing anew, its event was missed. EVENTS_LOST: its commit
-    may have been missed. UNKNOWN_OUTCOME: it may have been in a transaction of which nobody can say how it ended.
+    OVERFLOW: too many were pending. RELISTED: a list told of it, or a watch that had been broken: late. EVENTS_LOST: its
+    commit may have been missed. UNKNOWN_OUTCOME: it may have been in a transaction of which nobody can say how it ended.
     NOT_PROGRAMMED: runs that began long after it did not write it. RESET: the watch was given up.
     """
 

@@ -55,7 +55,11 @@ def judge(change: Change, commit: Commit, *, bare: bool) -> Judgement:
 def _shown(change: Change, commit: Commit) -> bool | None:
     """Whether the change's subject is there after the commit, where its bytes show it."""
     if change.kind.of_endpoint:
-        return commit.told.endpoint(change.port, change.ip, change.number)
+        told = commit.told.endpoint(change.port, change.ip, change.number)
+        if told is not None or not change.kind.added or commit.end_ns < change.received_ns:
+            return told
+        # Of an endpoint that was not there nothing has to be deleted; in a commit before, it may have been.
+        return True if commit.told.mentions(change.port, change.ip, change.number) else None
     if not change.whole:
         return commit.told.address(change.port, change.ip, change.number)
     answers = [commit.told.address(change.port, ip, number) for ip, number in change.addresses]

@@ -7,7 +7,7 @@ from threading import Lock
 from types import MappingProxyType
 from typing import Final
 
-from kptrace.model.metrics import MetricFamily, MetricSpec, Sample
+from kptrace.model.metrics import Exemplar, MetricFamily, MetricSpec, Sample
 from kptrace.model.netfilter import IpFamily
 from kptrace.signals.durations import Histogram
 from kptrace.signals.programming_events import Change, Fate, Result
@@ -65,9 +65,10 @@ SUPERSEDED = MetricSpec(
 UNMEASURED = MetricSpec(
     "kptrace_programming_unmeasured_total",
     "counter",
-    "Changes without a sample, because too many were pending (overflow), a list told of them instead of an event"
-    " (relisted), records of commits were lost (events_lost), a transaction's outcome is unknown (unknown_outcome), runs"
-    " that began 5 minutes later did not write them (not_programmed), or the watch was given up (reset).",
+    "Changes without a sample, because too many were pending (overflow), a list or a watch that had been broken told of"
+    " them late (relisted), records of commits were lost (events_lost), a transaction's outcome is unknown"
+    " (unknown_outcome), runs that began 5 minutes later did not write them (not_programmed), or the watch was given up"
+    " (reset).",
     ("family", "change", "reason"),
 )
 TRIGGER_REJECTED = MetricSpec(
@@ -111,8 +112,8 @@ class ProgrammingCounts:
         with self._lock:
             self._counters[CHANGES][change.family.value, change.kind.value] += 1
 
-    def add(self, result: Result) -> None:
-        """Count the fate of a change."""
+    def add(self, result: Result, record: str = "") -> None:
+        """Count the fate of a change; `record` is the flight recorder's number of it, if it has one."""
         what = result.change.family.value, result.change.kind.value
         with self._lock:
             if result.fate is Fate.SUPERSEDED:
@@ -125,7 +126,11 @@ class ProgrammingCounts:
                 if result.fate is Fate.EARLY:
                     self._counters[EARLY][plane, *what] += 1
                 else:
-                    self._observe(DURATION, labels, result.duration_ns)
+                    ended = self._unix_ns(result.commit.end_ns) / 1e9
+                    exemplar = (
+                        Exemplar({"record": record}, result.duration_ns / 1e9, ended) if record else None
+                    )
+                    self._observe(DURATION, labels, result.duration_ns, exemplar)
                 self._add_trigger(result, labels)
 
     def publish(self, pending: Mapping[IpFamily, Ages]) -> None:
@@ -153,8 +158,11 @@ class ProgrammingCounts:
         ]
         return (*found, MetricFamily(PENDING, counts), MetricFamily(OLDEST, oldest))
 
-    def _observe(self, spec: MetricSpec, labels: _Labels, duration_ns: int) -> None:
-        self._histograms[spec].setdefault(labels, Histogram(PROGRAMMING_LADDER)).add(duration_ns)
+    def _observe(
+        self, spec: MetricSpec, labels: _Labels, duration_ns: int, exemplar: Exemplar | None = None
+    ) -> None:
+        histogram = self._histograms[spec].setdefault(labels, Histogram(PROGRAMMING_LADDER))
+        histogram.add(duration_ns, exemplar)
 
     def _add_trigger(self, result: Result, labels: _Labels) -> None:
         if not result.change.trigger_ns or result.commit is None:

@@ -70,6 +70,7 @@ class RewriteSignal:
         options: Options = Options(),
         processes: Callable[[], ProcessTable] | None = None,
         on_rewrite: Callable[[Rewrite], None] = lambda _: None,
+        on_bytes: Callable[[Rewrite, bytes], None] = lambda _rewrite, _data: None,
     ) -> None:
         """Nothing is attached before `start`.
 
@@ -83,6 +84,7 @@ class RewriteSignal:
             options: see `Options`.
             processes: who runs, up to now; by default those that still do when they are asked for.
             on_rewrite: called after each rewrite of the watched namespace, of any outcome, before `on_commit`.
+            on_bytes: called with the same, and the bounded copy of the writer's buffer.
         """
         self._netns = netns
         self._loop = loop
@@ -103,6 +105,7 @@ class RewriteSignal:
         table = ProcessTable(lambda tgid: read_process(host.proc, tgid))
         self._processes = processes or (lambda: table)
         self._on_rewrite = on_rewrite
+        self._on_bytes = on_bytes
         self._reducer = Reducer(
             watched=netns.inode,
             exact_sequence=self._kernel.knows_generation,
@@ -205,6 +208,7 @@ class RewriteSignal:
         if record.is_batch:
             self._generation.traced(rewrite.outcome)
         self._on_rewrite(rewrite)
+        self._on_bytes(rewrite, record.data)
         if rewrite.outcome is Outcome.COMMITTED:
             self._on_commit(rewrite)
 

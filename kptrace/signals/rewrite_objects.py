@@ -12,9 +12,10 @@ import structlog
 
 from kptrace.dataplanes.iptables.entries import table_entries
 from kptrace.dataplanes.iptables.legacy import table_names
-from kptrace.dataplanes.nftables.dump import Interrupted, RulesetDump, open_channel
+from kptrace.dataplanes.nftables.dump import Interrupted, open_channel
 from kptrace.dataplanes.nftables.netlink import NetlinkError
 from kptrace.dataplanes.nftables.object_changes import apply_batch
+from kptrace.dataplanes.nftables.object_dump import RulesetDump
 from kptrace.dataplanes.nftables.objects import Inventory
 from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.netfilter import DataPlane, IpFamily

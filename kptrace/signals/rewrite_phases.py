@@ -2,6 +2,8 @@
 """The phases inside a rewrite, by the kernel's functions: fentry and fexit, or kprobe and kretprobe."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final
 
 import structlog
 
@@ -13,17 +15,17 @@ from kptrace.kernel.support import Context
 from kptrace.model.errors import KptraceError, UnsupportedError
 from kptrace.model.metrics import MetricFamily, MetricSpec
 from kptrace.model.signal import MechanismState, State
-from kptrace.signals.eventloop import EventLoop
 from kptrace.signals.rewrite_phases_follow import PhasesFollower
 from kptrace.signals.rewrite_phases_kernel import PhasesKernel
 from kptrace.signals.rewrite_phases_records import decode
 from kptrace.signals.rewrite_phases_reduce import SPECS, PhaseCounts
 
-TICK_SECONDS = 0.5
+#: How often the daemon calls `tick`.
+TICK_SECONDS: Final = 0.5
 
 
 class RewritePhases:
-    """Implements `kptrace.model.signal.Source`."""
+    """Implements `kptrace.model.signal.Source`. `start` may run on any thread, `tick` and `close` are the loop's."""
 
     name = "rewrite_phases"
 
@@ -32,7 +34,6 @@ class RewritePhases:
         bytecode: Bytecode,
         mechanism: Mechanism,
         netns: NetworkNamespace,
-        loop: EventLoop,
         host: Host = Host(),
     ) -> None:
         """Nothing is attached before `start`.
@@ -41,23 +42,24 @@ class RewritePhases:
             bytecode: of `rewrite_phases_kernel.REQUESTS[mechanism]`.
             mechanism: fentry or kprobe.
             netns: the watched network namespace.
-            loop: whose thread everything but `families` runs in.
             host: where sysfs is.
         """
         self._netns = netns
-        self._loop = loop
         self._host = host
         self._log = structlog.get_logger(signal=self.name)
         self._counts = PhaseCounts()
         self._kernel = PhasesKernel(bytecode, mechanism, netns.inode, self._receive, host)
         self._follower = PhasesFollower(self._kernel, host)
+        # Reading a module's BTF and attaching to it must not hold the loop up.
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kptrace-phases")
+        self._following: Future[None] | None = None
         self._undecodable = 0
         self._last_losses: Mapping[str, int] = {}
         self._closed = False
         self._state = self._row(State.OFF, "starting")
 
     def start(self) -> None:
-        """Attach to the functions that are there, and keep up with their modules from then on.
+        """Attach to the functions that are there; this takes a while. From then on `tick` keeps up with their modules.
 
         Raises:
             UnsupportedError: functions are there, and none can be attached to.
@@ -67,7 +69,6 @@ class RewritePhases:
         if not self._follower.attached and (reason := self._follower.hopeless()):
             raise UnsupportedError(f"{reason}; {Context(self._host).lockdown}", remedy="see 'kptrace check'")
         self._state = self._judge()
-        self._loop.call_every(TICK_SECONDS, self.tick)
 
     def _receive(self, data: bytes) -> None:
         record = decode(data)
@@ -77,7 +78,7 @@ class RewritePhases:
             self._counts.apply(record)
 
     def tick(self) -> None:
-        """Take in what happened, and follow the modules."""
+        """Take in what happened, and follow the modules: what has come is attached to by the tick after the next."""
         if self._closed:
             return
         if self._netns.ended():
@@ -85,16 +86,24 @@ class RewritePhases:
             self.close()
             return
         self._kernel.consume()
-        try:
-            self._follower.tick()
-        except KptraceError as error:
+        if self._following is None:
+            if self._follower.due():
+                self._following = self._worker.submit(self._follower.tick)
+            return
+        if not self._following.done():
+            return
+        done, self._following = self._following, None
+        if isinstance(error := done.exception(), KptraceError):
             self._log.warning("btf_unreadable", error=str(error))
             return
+        done.result()
         self._state = self._judge()
 
     def _judge(self) -> MechanismState:
         follower = self._follower
         detail = f"attached: {follower.names(follower.attached) or 'nothing yet'}"
+        if pinned := follower.pinned():
+            detail += f"; pins {', '.join(pinned)}"
         if follower.missing:
             detail += f"; not in this kernel: {follower.names(follower.missing)}"
         if follower.refused:
@@ -116,6 +125,10 @@ class RewritePhases:
         reasons = {**kernel, "unpaired": self._counts.unpaired, "undecodable": self._undecodable}
         return {(self.name, reason): count for reason, count in reasons.items()}
 
+    def status(self, *, names: bool) -> Mapping[str, object]:
+        """Nothing beyond its state, which names the functions, and its metrics."""
+        return {}
+
     def describe(self) -> Sequence[MetricSpec]:
         """See `Source`."""
         return SPECS
@@ -134,4 +147,5 @@ class RewritePhases:
             return
         self._last_losses = self._kernel.losses()
         self._closed = True
+        self._worker.shutdown(wait=True)
         self._kernel.close()

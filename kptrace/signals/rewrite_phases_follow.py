@@ -40,15 +40,22 @@ class PhasesFollower:
         self.refused: dict[Hook, KptraceError] = {}
         self.missing: frozenset[Hook] = frozenset()
 
+    def due(self) -> bool:
+        """Whether `tick` has something to do: cheap."""
+        return self._built_in is None or self._here() != self._tried
+
+    def _here(self) -> dict[Hook, int]:
+        loaded = {hook: loaded_module(self._host, hook.module) for hook in HOOKS}
+        here = {hook: number for hook, number in loaded.items() if number is not None}
+        return here | dict.fromkeys(self._built_in or (), _BUILT_IN)
+
     def tick(self) -> None:
-        """Follow the modules. Reading their BTF takes a tenth of a second, only when one has come.
+        """Follow the modules. Reading their BTF and attaching takes tenths of a second, when one has come.
 
         Raises:
             BtfError: the kernel's own BTF cannot be read.
         """
-        loaded = {hook: loaded_module(self._host, hook.module) for hook in HOOKS}
-        here = {hook: number for hook, number in loaded.items() if number is not None}
-        here |= dict.fromkeys(self._built_in or (), _BUILT_IN)
+        here = self._here()
         for hook in [hook for hook in self._tried if here.get(hook) != self._tried[hook]]:
             self._forget(hook)
         fresh = [hook for hook in HOOKS if hook in here and hook not in self._tried]
@@ -111,6 +118,12 @@ class PhasesFollower:
             loaded = next(self._host.sys.glob("module/*/initstate"), None)
             return f"the module {loaded.parent.name} has no BTF" if loaded else ""
         return ""
+
+    def pinned(self) -> tuple[str, ...]:
+        """The modules that cannot be unloaded while these programs are attached."""
+        if self._kernel.mechanism != "fentry":
+            return ()
+        return tuple(sorted({hook.module for hook, number in self.attached.items() if number != _BUILT_IN}))
 
     def names(self, hooks: Iterable[Hook]) -> str:
         """Functions as text."""

@@ -5,6 +5,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from threading import Lock
 from types import MappingProxyType
 from typing import Final
 
@@ -130,6 +131,8 @@ class PhasesKernel:
         self._maps = {name: Map(spec) for name, spec in bytecode.maps.items()}
         self._fds = {name: each.fd for name, each in self._maps.items()}
         self._attached: dict[Hook, AttachedFunction] = {}
+        # Of what is attached: one thread follows the modules while others ask for losses.
+        self._lock = Lock()
         # What was missed at functions that are gone: counters never go back.
         self._missed_before = Misses()
         self._ring = RingBuffer(self._fds["events"], on_record)
@@ -159,14 +162,17 @@ class PhasesKernel:
             )
             for name in (f"{hook.stem}_enter", f"{hook.stem}_leave")
         }
-        self._attached[hook] = AttachedFunction(self._host, self.mechanism, function, programs)
+        attached = AttachedFunction(self._host, self.mechanism, function, programs)
+        with self._lock:
+            self._attached[hook] = attached
 
     def detach(self, hook: Hook) -> None:
         """Let a function go. Idempotent."""
-        gone = self._attached.pop(hook, None)
-        if gone is not None:
-            self._missed_before += gone.misses()
-            gone.close()
+        with self._lock:
+            gone = self._attached.pop(hook, None)
+            if gone is not None:
+                self._missed_before += gone.misses()
+                gone.close()
 
     def consume(self) -> int:
         """Hand waiting records to the receiver; return how many."""
@@ -175,7 +181,8 @@ class PhasesKernel:
     def losses(self) -> Mapping[str, int]:
         """What was not recorded, by reason."""
         lost = dict(zip(LOST_REASONS, _LOST.unpack_from(self._maps["lost"].memory()), strict=True))
-        missed = sum((each.misses() for each in self._attached.values()), self._missed_before)
+        with self._lock:
+            missed = sum((each.misses() for each in self._attached.values()), self._missed_before)
         return {**lost, "recursion_miss": missed.recursion, "kprobe_miss": missed.kprobe}
 
     def close(self) -> None:

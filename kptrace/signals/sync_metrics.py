@@ -6,7 +6,7 @@ from threading import Lock
 from types import MappingProxyType
 from typing import Final
 
-from kptrace.model.metrics import MetricFamily, MetricSpec, Sample
+from kptrace.model.metrics import Exemplar, MetricFamily, MetricSpec, Sample
 from kptrace.model.rewrite import Outcome
 from kptrace.signals.durations import Histogram
 from kptrace.signals.sync_events import Phase, Sync
@@ -59,15 +59,18 @@ class SyncCounts:
         self._running: Mapping[str, int] = MappingProxyType({})
         self._writers: frozenset[str] = frozenset()
 
-    def add(self, sync: Sync) -> None:
-        """Count a run that is over."""
+    def add(self, sync: Sync, record: str = "") -> None:
+        """Count a run that is over; `record` is the flight recorder's number of it, if it has one."""
+        ended = self._unix_time(sync.end_ns)
+        exemplar = Exemplar({"record": record}, sync.duration_ns / 1e9, ended) if record else None
         where = sync.dataplane, sync.family, sync.writer
         with self._lock:
             self._writers |= {sync.writer}
-            self._durations.setdefault((*where, sync.outcome.value), Histogram()).add(sync.duration_ns)
+            self._durations.setdefault((*where, sync.outcome.value), Histogram()).add(
+                sync.duration_ns, exemplar
+            )
             if sync.outcome in _SUCCESS:
-                at = self._unix_time(sync.end_ns)
-                self._successes[where] = max(at, self._successes.get(where, at))
+                self._successes[where] = max(ended, self._successes.get(where, ended))
             if sync.outcome is Outcome.COMMITTED:
                 for phase in Phase:
                     if phase in sync.phases:

@@ -41,6 +41,7 @@ class SyncSignal:
         on_sync: Callable[[Sync], None] = lambda _: None,
         lost: Callable[[], Mapping[str, int]] = dict,
         clock: Callable[[], int] = time.monotonic_ns,
+        record: Callable[[Sync], str] = lambda _: "",
     ) -> None:
         """Nothing is under way.
 
@@ -52,6 +53,7 @@ class SyncSignal:
             on_sync: gets each run that is over.
             lost: process records that never came, by reason.
             clock: CLOCK_MONOTONIC.
+            record: keeps a run that is worth it; returns the record's number, or nothing.
         """
         self._watched = watched
         self._processes = processes
@@ -59,6 +61,7 @@ class SyncSignal:
         self._proc = host.proc
         self._on_sync = on_sync
         self._records_lost = lost
+        self._record = record
         self._clock = clock
         self._counts = SyncCounts(lambda at_ns: (time.time_ns() - clock() + at_ns) / 1e9)
         self._reducer = SyncReducer(self._take, lambda tgid: _exists(host.proc, tgid))
@@ -125,8 +128,12 @@ class SyncSignal:
         """When the run began that a settled transaction belongs to; None if it is none's, or over for long."""
         return self._reducer.began_ns(rewrite)
 
+    def running(self) -> Mapping[str, int]:
+        """The beginning of the oldest run under way, by class of writer."""
+        return self._reducer.running()
+
     def _take(self, sync: Sync) -> None:
-        self._counts.add(sync)
+        self._counts.add(sync, self._record(sync))
         self._last.append(sync)
         self._on_sync(sync)
 

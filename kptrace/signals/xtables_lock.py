@@ -19,7 +19,7 @@ from kptrace.signals.eventloop import EventLoop
 from kptrace.signals.processes import ProcessTable, cgroup_path, read_process
 from kptrace.signals.writers import WriterRule, Writers
 from kptrace.signals.xtables_lock_kernel import XtablesLockKernel
-from kptrace.signals.xtables_lock_records import REPEAT_NS, LockState, decode
+from kptrace.signals.xtables_lock_records import REPEAT_NS, Kind, LockState, decode
 
 TICK_SECONDS = 0.5
 #: Where iptables has it, seen from the host's first process.
@@ -32,9 +32,11 @@ class Options:
 
     Attributes:
         writers: rows before those of the table.
+        on_wait: gets each wait that ended with the lock, of a process in the watched namespace.
     """
 
     writers: tuple[WriterRule, ...] = ()
+    on_wait: Callable[[LockState], None] = lambda _: None
 
 
 class XtablesLockSignal:
@@ -69,6 +71,7 @@ class XtablesLockSignal:
         self._shared = processes
         self._own = self._no_processes()
         self._writers = Writers(options.writers)
+        self._on_wait = options.on_wait
         self._kernel = XtablesLockKernel(bytecode, self._receive)
         self._counts = reduce.LockCounts(netns.inode, self._writer, self._host_lock())
         self._undecodable = 0
@@ -83,7 +86,7 @@ class XtablesLockSignal:
             PrivilegeError, KernelError, UnsupportedError: what could not be attached.
         """
         self._kernel.attach(self._host.sys)
-        self._loop.add_reader(self._kernel.fd, self._consume)
+        self._loop.add_reader(self._kernel.fd, self.consume)
         self._loop.call_every(TICK_SECONDS, self.tick)
         self._state = self._row(State.ACTIVE, "ok")
 
@@ -115,9 +118,13 @@ class XtablesLockSignal:
             self._undecodable += 1
         else:
             self._counts.apply(record)
+            if record.kind is Kind.TAKEN and record.netns == self._netns.inode:
+                self._on_wait(record)
 
-    def _consume(self) -> None:
-        self._kernel.consume()
+    def consume(self) -> None:
+        """Take everything in that happened up to now."""
+        if not self._closed:
+            self._kernel.consume()
 
     def tick(self) -> None:
         """What is not driven by events: who waits and holds, and what became of those who gave up."""

@@ -3,18 +3,30 @@
 
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kptrace.experiments import manifests
 from kptrace.experiments.interrupts import interruptible
 from kptrace.experiments.netns import Namespace, sweep
+from kptrace.experiments.services import make_services
 from tests.cluster import objects
+from tests.cluster.committing import trace_prefix
 from tests.cluster.controlplane import ControlPlane
+from tests.cluster.kptrace import Kptrace, kptrace_kubeconfig
 from tests.cluster.kubeproxy import KubeProxy, Mode, Settings
 from tests.cluster.programs import search_path
+from tests.cluster.setting import LONG, SHORT, Extent, Setting
+from tests.cluster.writertools import WriterTools
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of this tier."""
+    parser.addoption("--long", action="store_true", help="programming latency at full length and scale")
 
 
 def pytest_configure() -> None:
@@ -64,3 +76,64 @@ def start_kube_proxy(
             return stack.enter_context(KubeProxy(plane, netns, folder, Settings(mode, **settings)))
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where kptrace keeps what it compiled: once a run."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture
+def start_kptrace(
+    plane: ControlPlane, netns: Namespace, tmp_path: Path, compiled: Path
+) -> Iterator[Callable[..., Kptrace]]:
+    """Start kptrace beside the test's network namespace, with more options; it has heard of everything then."""
+    with ExitStack() as stack:
+
+        def start(*options: str, kubeconfig: Path | None = None) -> Kptrace:
+            folder = tmp_path / f"kptrace-{secrets.token_hex(4)}"
+            folder.mkdir()
+            config = kubeconfig or kptrace_kubeconfig(plane)
+            return stack.enter_context(Kptrace(netns, config, folder, compiled, options))
+
+        yield start
+
+
+@pytest.fixture
+def extent(request: pytest.FixtureRequest) -> Extent:
+    """How much the tests of programming latency do."""
+    return LONG if request.config.getoption("--long") else SHORT
+
+
+@pytest.fixture
+def start_setting(
+    plane: ControlPlane,
+    kube_namespace: str,
+    start_kube_proxy: Callable[..., KubeProxy],
+    start_kptrace: Callable[..., Kptrace],
+    tmp_path: Path,
+    extent: Extent,
+) -> Callable[..., Setting]:
+    """Everything in one mode: kptrace's options and kubeconfig, whether strace watches, what `Settings` of kube-proxy has."""
+
+    def start(
+        mode: Mode,
+        *,
+        kubeconfig: Path | None = None,
+        traced: bool = False,
+        options: Sequence[str] = (),
+        **settings: object,
+    ) -> Setting:
+        specs = list(make_services(extent.services, 2, namespace=kube_namespace))
+        specs[0] = replace(specs[0], endpoints=specs[0].endpoints[:1])
+        plane.client.create_all(manifests.objects(specs))
+        tools, trace = WriterTools(tmp_path / "writer", mode), tmp_path / "strace.log"
+        prefix = trace_prefix(trace) if traced else ()
+        proxy = start_kube_proxy(
+            mode, **{"min_sync_period": "1s", "tools": tools.path, "prefix": prefix, **settings}
+        )
+        kptrace = start_kptrace(*options, kubeconfig=kubeconfig)
+        return Setting(plane, proxy, kptrace, tools, trace, specs[0])
+
+    return start

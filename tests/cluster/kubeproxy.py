@@ -27,6 +27,7 @@ from tests.cluster.programs import ClusterError, Program, find
 METRICS_PORT = 10249
 HEALTHZ_PORT = 10256
 NODE_ADDRESSES = ("192.0.2.10", "fd00:99::10")
+ZONE_LABEL = "topology.kubernetes.io/zone"
 _RELAY = Path(__file__).parent / "relay.py"
 _OK = 200
 _LAST = "kubeproxy_sync_proxy_rules_last_timestamp_seconds"
@@ -60,14 +61,20 @@ class Settings:
         min_sync_period: rest between two syncs; kube-proxy's own default is 1s.
         sync_period: when a failed sync is tried again, and a full one comes at the latest.
         node: the name of its node.
+        zone: its node's topology zone; empty for none.
         verbosity: of its log; 4 tells every sync and every endpoint's latency.
+        tools: a folder for the front of its PATH.
+        prefix: words before its command: a program that becomes it.
     """
 
     mode: Mode = Mode.NFTABLES
     min_sync_period: str = "10ms"
     sync_period: str = "30s"
     node: str = "node-0"
+    zone: str = ""
     verbosity: int = 4
+    tools: Path | None = None
+    prefix: tuple[str, ...] = ()
 
     def config(self, kubeconfig: Path) -> str:
         """The file for its `--config`."""
@@ -139,7 +146,7 @@ class KubeProxy:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             # It waits half a minute for a node that is not there or has no address.
-            stack.enter_context(_node(self._plane.client, self.settings.node))
+            stack.enter_context(_node(self._plane.client, self.settings))
             self._namespace.ip(f"addr replace {address} dev lo" for address in NODE_ADDRESSES)
             stack.enter_context(self._relay())
             self.program = stack.enter_context(self._start())
@@ -162,6 +169,15 @@ class KubeProxy:
         if status != _OK:
             raise ConnectionError(f"/metrics answered {status}")
         return Scrape(text)
+
+    def crash(self) -> None:
+        """End it as a crash would; its rules stay."""
+        self.program.kill()
+
+    def restart(self) -> None:
+        """Start it again after `crash`, over the rules that there are, and wait for its first sync."""
+        self.program = self._cleanup.enter_context(self._start())
+        self.startup_seconds = self.program.wait_until(self._synced_once, "first sync", seconds=60.0)
 
     def healthy(self) -> bool:
         """What load balancers ask: whether its rules are not too old."""
@@ -204,7 +220,9 @@ class KubeProxy:
         if self.settings.mode is not Mode.NFTABLES:
             variant = self.settings.mode.removeprefix("iptables-")
             path = f"{iptables_variant(self._folder / 'bin', variant)}{os.pathsep}{path}"
-        line = [find("kube-proxy"), f"--config={config}"]
+        if self.settings.tools is not None:
+            path = f"{self.settings.tools}{os.pathsep}{path}"
+        line = [*self.settings.prefix, find("kube-proxy"), f"--config={config}"]
         log = self._folder / "kube-proxy.log"
         return Program(
             ["nsenter", f"--net={self._namespace.path}", "--", *line],
@@ -227,9 +245,10 @@ class KubeProxy:
 
 
 @contextlib.contextmanager
-def _node(client: Client, name: str) -> Iterator[None]:
+def _node(client: Client, settings: Settings) -> Iterator[None]:
     """The node that it runs on."""
-    made = client.create(node(name))
+    name = settings.node
+    made = client.create(node(name, labels={ZONE_LABEL: settings.zone} if settings.zone else {}))
     try:
         client.set_status(made, reachable(name, *NODE_ADDRESSES))
         yield

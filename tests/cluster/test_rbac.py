@@ -9,7 +9,7 @@ import pytest
 
 from kptrace.experiments import manifests
 from kptrace.experiments.services import make_services
-from kptrace.identity.resources import Level
+from kptrace.identity.resources import Level, resources
 from kptrace.identity.source import Identity, IdentitySettings
 from kptrace.model.identity import ServiceAddress, ServicePort
 from kptrace.model.signal import State
@@ -20,7 +20,7 @@ from tests.cluster.objects import node, pod, reachable, running
 from tests.cluster.programs import wait_for
 
 _MANIFEST = Path(__file__).parents[2] / "deploy" / "daemonset.yaml"
-_READS = ["get", "list", "watch"]
+_READS = ["list", "watch"]
 _NODE = "node-rbac"
 
 
@@ -107,6 +107,36 @@ def test_each_resource_is_needed(resource: str, plane: ControlPlane, identities:
     refused = [mechanism for mechanism, reason in reasons.items() if reason == "forbidden"]
     assert [name.replace("_", "") for name in refused] == [f"watch{resource}"]
     assert not identity.ready
+
+
+def test_each_verb_is_needed(plane: ControlPlane) -> None:
+    """Where kptrace cannot watch from the beginning it lists: by each resource both are allowed, and each is needed."""
+    apply(plane.client, manifest(_MANIFEST))
+    assert all(sorted(rule["verbs"]) == _READS for rule in _rules())
+    config = token_kubeconfig(plane, "kptrace", "kptrace")
+    with Client(plane.port, plane.authority.certificate, token=_token_of(config)) as client:
+        for resource in resources(Level.FULL, node=_NODE, endpoint_slices=True):
+            query = dict(resource.selectors)
+            watch = {"watch": "1", "resourceVersion": "0", "timeoutSeconds": "1"}
+            for more in ({"resourceVersion": "0"}, watch):
+                assert client.raw("GET", resource.path, query={**query, **more})[0] == 200
+
+
+@pytest.mark.parametrize("resource", _resources())
+def test_without_the_verb_watch_nothing_is_known(
+    resource: str, plane: ControlPlane, identities: list[Identity]
+) -> None:
+    """A role that may list one of the resources, and not watch it, is not enough."""
+    rules = []
+    for rule in _rules():
+        others = [each for each in rule["resources"] if each != resource]
+        rules += [{**rule, "resources": others}] if others else []
+        if resource in rule["resources"]:
+            rules.append({**rule, "resources": [resource], "verbs": ["list"]})
+    apply(plane.client, account(f"lists-{resource}", "default", rules))
+    identity = _watch(token_kubeconfig(plane, "default", f"lists-{resource}"), identities)
+    wait_for(lambda: _settled(identity), "answers")
+    assert [state.reason for state in identity.states()].count("forbidden") == 1
 
 
 def test_nothing_else_is_allowed(plane: ControlPlane) -> None:

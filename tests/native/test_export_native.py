@@ -12,6 +12,7 @@ from urllib.parse import quote
 import pytest
 
 from kptrace.experiments.netns import Namespace
+from kptrace.export.listen import listen_tcp
 from kptrace.export.registry import SPECS, Exporter
 from kptrace.export.selfmetrics import SPECS as SELF_SPECS
 from kptrace.export.selfmetrics import SelfMetrics
@@ -77,7 +78,7 @@ def servers(
     made = [
         namespace.call(
             lambda files=files: MetricsServer(
-                ("127.0.0.1", 0), everything, StatusPage(list, dict), lambda: True, files
+                listen_tcp(("127.0.0.1", 0)), everything, StatusPage(list, dict), lambda: True, files
             )
         )
         for files in (None, tls)

@@ -32,7 +32,7 @@ class FunctionBench:
         raise_memlock()
         self._netns = NetworkNamespace(namespace.path)
         self.timers = ManualTimers()
-        code = Compiler(Path("/sys/kernel/btf/vmlinux"), Path("/run/kptrace-cache")).build(
+        code = Compiler(Path("/sys/kernel/btf/vmlinux"), Path("/var/cache/kptrace")).build(
             REQUESTS[mechanism]
         )
         options = Options(sampling)

@@ -3,13 +3,16 @@
 
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from kptrace.experiments.daemon_process import DaemonProcess, DaemonRequest, default_command
 from kptrace.experiments.netns import Namespace
+from kptrace.experiments.scrape import Scrape, fetch, parse
 from tests.native import traffic
 from tests.native.lookup_bench import nft, nft_counter
 
@@ -21,20 +24,22 @@ NO_SERVICES = '{"apiVersion": "v1", "kind": "List", "items": []}'
 _UNSUPPORTED = 4
 # To compile takes a second on a node, and up to a minute here while another machine uses the other core.
 _READY_SECONDS = 200.0
+#: Of emulated time, for what a daemon does within seconds.
+_PATIENCE_SECONDS = 60.0
 
 
 @pytest.fixture
-def daemon(namespace: Namespace, tmp_path: Path) -> Iterator[Callable[[], DaemonProcess]]:
+def daemon(namespace: Namespace, tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
     """Start the image's daemon on the test's namespace; it ends with the test, and never with a traceback."""
     started: list[DaemonProcess] = []
     log = tmp_path / "log"
 
-    def start() -> DaemonProcess:
+    def start(*more: str) -> DaemonProcess:
         identity = tmp_path / "identity.json"
         identity.write_text(NO_SERVICES)
         request = DaemonRequest(namespace.path, identity, tmp_path / "ready")
         options = default_command(request)[3:]
-        argv = ["kptrace", *options, "--sample", "all"]
+        argv = ["kptrace", *options, "--sample", "all", *more]
         started.append(DaemonProcess(argv, request.ready_file, log, ready_seconds=_READY_SECONDS))
         return started[-1].__enter__()
 
@@ -47,16 +52,11 @@ def daemon(namespace: Namespace, tmp_path: Path) -> Iterator[Callable[[], Daemon
 
 
 @pytest.mark.promised("lookup", "bracket")
-def test_brackets_count_every_packet(daemon: Callable[[], DaemonProcess], namespace: Namespace) -> None:
+def test_brackets_count_every_packet(daemon: Callable[..., DaemonProcess], namespace: Namespace) -> None:
     """23 packets, 23 in nft's counter, 23 look-ups in /metrics."""
     nft(namespace, CHAIN)
     process = daemon()
-
-    def send() -> None:
-        with traffic.udp_sink(socket.AF_INET, PORT):
-            traffic.udp_one_flow(socket.AF_INET, PORT, PACKETS)
-
-    namespace.call(send)
+    _send(namespace)
     assert nft_counter(namespace, "c") == PACKETS
     found = process.scrape().distribution(
         "kptrace_lookup_duration_seconds", table="t", chain="c", mechanism="bracket"
@@ -64,22 +64,81 @@ def test_brackets_count_every_packet(daemon: Callable[[], DaemonProcess], namesp
     assert found.count == PACKETS
 
 
+@pytest.mark.parametrize(
+    "mechanism",
+    [pytest.param(name, marks=pytest.mark.promised("lookup", name)) for name in ("fentry", "kprobe")],
+)
+def test_functions_count_what_walks_a_table_that_came_later(
+    daemon: Callable[..., DaemonProcess],
+    namespace: Namespace,
+    mechanism: str,
+    lacking: Callable[[str], NoReturn],
+) -> None:
+    """The daemon runs when iptables brings its module, as kube-proxy does: of 23 packets then sent 23 are counted."""
+    process = daemon("--lookup-mechanism", mechanism)
+    modules = subprocess.run(["modprobe", "iptable_filter"], capture_output=True, text=True, check=False)
+    if modules.returncode:
+        lacking(modules.stderr)
+    namespace.run(["iptables-legacy", "-A", "OUTPUT", "-p", "udp", "-j", "ACCEPT"])
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while "ipt_do_table: attached" not in (status := fetch(process.port, "/status")[1]):
+        assert time.monotonic() < end, status
+        time.sleep(0.2)
+    _send(namespace)
+    name, labels = (
+        "kptrace_lookup_duration_seconds",
+        {"mechanism": mechanism, "chain": "OUTPUT", "netns": "host"},
+    )
+    found = process.scrape().distribution(name, dataplane="iptables-legacy", table="filter", **labels)
+    assert found.count == PACKETS
+
+
+@pytest.mark.promised_something(True)
+def test_each_promised_signal_is_measured(
+    daemon: Callable[..., DaemonProcess], mechanisms: list[tuple[str, str]]
+) -> None:
+    """By the first mechanism that is promised for it; of those that are not promised none runs."""
+    process = daemon()
+
+    def expected(now: Scrape) -> dict[str, str]:
+        disabled = {row["signal"] for row in _states(now) if row["reason"] == "disabled"}
+        return {signal: way for signal, way in reversed(mechanisms) if signal not in disabled}
+
+    # Some are attached to once the daemon is ready, in a thread of their own.
+    scrape = process.scrape_until(lambda now: _running(now) == expected(now), seconds=_READY_SECONDS)
+    assert _running(scrape) == expected(scrape), scrape.lines("kptrace_signal_state")
+    assert {"lookup", "sync"} <= _running(scrape).keys()
+
+
+def _states(scrape: Scrape) -> list[Mapping[str, str]]:
+    """The labels of every mechanism's present state."""
+    return [
+        sample.labels for sample in parse("\n".join(scrape.lines("kptrace_signal_state"))) if sample.value
+    ]
+
+
+def _running(scrape: Scrape) -> dict[str, str]:
+    """Signal to mechanism of those that run, but for what kptrace says of itself."""
+    rows = [row for row in _states(scrape) if row["state"] in {"active", "degraded"}]
+    return {row["signal"]: row["mechanism"] for row in rows if row["signal"] != "identity"}
+
+
 @pytest.mark.promised("rewrite", "tracepoint")
-def test_rewrites_are_counted(daemon: Callable[[], DaemonProcess], namespace: Namespace) -> None:
+def test_rewrites_are_counted(daemon: Callable[..., DaemonProcess], namespace: Namespace) -> None:
     """5 transactions of nft are 5 committed rewrites in /metrics."""
     process = daemon()
     for number in range(REWRITES):
         nft(namespace, f"table ip r{number} {{ chain c {{ udp dport {PORT} drop; }}; }}")
     name = "kptrace_rewrite_duration_seconds"
     scrape = process.scrape_until(
-        lambda now: now.distribution(name, outcome="committed").count >= REWRITES, seconds=60
+        lambda now: now.distribution(name, outcome="committed").count >= REWRITES, seconds=_PATIENCE_SECONDS
     )
     assert scrape.distribution(name, outcome="committed").count == REWRITES
 
 
 @pytest.mark.unpromised("lookup", "bracket")
 @pytest.mark.promised_something(True)
-def test_the_daemon_runs_without_brackets(daemon: Callable[[], DaemonProcess], namespace: Namespace) -> None:
+def test_the_daemon_runs_without_brackets(daemon: Callable[..., DaemonProcess], namespace: Namespace) -> None:
     """On a kernel that is too old for brackets the daemon serves the rest and /metrics says what is missing."""
     nft(namespace, CHAIN)
     scrape = daemon().scrape()
@@ -100,6 +159,16 @@ def test_asking_for_brackets_is_refused_in_one_line() -> None:
     line = _refusal("--lookup-mechanism", "bracket")
     assert line.startswith("kptrace: look-ups cannot be measured by bracket: ")
     assert "netfilter_link" in line
+
+
+def _send(namespace: Namespace) -> None:
+    """Datagrams of one flow over the loopback."""
+
+    def run() -> None:
+        with traffic.udp_sink(socket.AF_INET, PORT):
+            traffic.udp_one_flow(socket.AF_INET, PORT, PACKETS)
+
+    namespace.call(run)
 
 
 def _refusal(*options: str) -> str:

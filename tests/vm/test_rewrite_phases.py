@@ -2,6 +2,7 @@
 """The phases of rewrites on each kernel, against strace's durations of the same system calls and plain counts."""
 
 import re
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,6 @@ from typing import NoReturn
 
 import pytest
 
-from kptrace.daemon.loop import Loop
 from kptrace.experiments.netns import Namespace
 from kptrace.kernel.bytecode import Bytecode
 from kptrace.kernel.compile import Compiler
@@ -26,6 +26,8 @@ RULES = 10_000
 #: Prime, so that no other factor of it hides a double count.
 RUNS = 23
 NEAR = 0.10
+#: Runs of which the middle one's ratio counts.
+RATIO_RUNS = 5
 TABLE = "add table ip t\nadd chain ip t c\n"
 LEGACY = "*filter\n-A OUTPUT -j ACCEPT\nCOMMIT\n"
 PATIENCE_SECONDS = 60.0
@@ -46,8 +48,7 @@ class Bench:
     def __init__(self, bytecode: Bytecode, mechanism: Mechanism, namespace: Namespace) -> None:
         self.namespace = namespace
         self.netns = NetworkNamespace(namespace.path)
-        self.loop = Loop()
-        self.phases = RewritePhases(bytecode, mechanism, self.netns, self.loop)
+        self.phases = RewritePhases(bytecode, mechanism, self.netns)
         self._before: dict[Phase, tuple[int, float]] = {}
 
     def run(self, command: str, text: str = "", *, fails: bool = False) -> str:
@@ -125,7 +126,6 @@ class Bench:
     def close(self) -> None:
         """Detach everything."""
         self.phases.close()
-        self.loop.close()
         self.netns.close()
 
 
@@ -261,13 +261,19 @@ def test_a_big_table_adds_up(bench: Bench, lacking: Callable[[str], NoReturn]) -
     """Parse, replace and counters of a legacy table with 10,000 rules are the setsockopt's duration but for a tenth."""
     needs_legacy(lacking)
     many = "".join(f"-A OUTPUT -d 10.0.{n // 256}.{n % 256} -j ACCEPT\n" for n in range(RULES))
-    took = bench.seconds_of(
-        "setsockopt", "iptables-legacy-restore", LEGACY.replace("-A OUTPUT -j ACCEPT\n", many)
-    )
-    parts = {phase: bench.seconds("iptables-legacy", phase) for phase in ("parse", "replace", "counters")}
-    print(f"setsockopt {took:.6f} s, phases {sum(parts.values()):.6f} s: {parts}")
-    assert bench.counts() == {("iptables-legacy", phase): 1 for phase in parts}
-    assert near(sum(parts.values()), took)
+    phases = ("parse", "replace", "counters")
+    ratios = []
+    # A short call: what strace adds to it differs from run to run.
+    for _ in range(RATIO_RUNS):
+        bench.mark()
+        took = bench.seconds_of(
+            "setsockopt", "iptables-legacy-restore", LEGACY.replace("-A OUTPUT -j ACCEPT\n", many)
+        )
+        parts = {phase: bench.seconds("iptables-legacy", phase) for phase in phases}
+        print(f"setsockopt {took:.6f} s, phases {sum(parts.values()):.6f} s: {parts}")
+        assert bench.counts() == {("iptables-legacy", phase): 1 for phase in parts}
+        ratios.append(sum(parts.values()) / took)
+    assert near(statistics.median(ratios), 1.0)
     assert bench.nothing_lost()
 
 

@@ -113,7 +113,8 @@ def command_line(kernel: Installed, disk: Path, out: Path, machine: Machine) -> 
 
 
 def _log(stream: IO[str], path: Path) -> None:
-    with path.open("w", encoding="utf-8") as log:
+    # By lines: whoever waits for a machine wants to see how far it is.
+    with path.open("w", encoding="utf-8", buffering=1) as log:
         for line in stream:
             log.write(_UNPRINTABLE.sub("", line))
 

@@ -8,8 +8,10 @@ import platform
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--qemu-opts", default="", metavar="STRING", help="more arguments for QEMU")
     parser.add_argument(
-        "--time-limit", type=float, default=900.0, metavar="SECONDS", help="a kernel (default 900)"
+        "--time-limit", type=float, default=1500.0, metavar="SECONDS", help="a kernel (default 1500)"
     )
     parser.add_argument("--update", action="store_true", help="look for newer kernels on the mirror")
     parser.add_argument(
@@ -67,6 +69,14 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
         return list(argv), None
     cut = list(argv).index("--")
     return list(argv[:cut]), list(argv[cut + 1 :])
+
+
+@contextmanager
+def _timed(what: str) -> Iterator[None]:
+    """Say how long it took: a new machine has to be done with everything within CI's limit."""
+    begin = time.monotonic()
+    yield
+    print(f"vm: {what}: {time.monotonic() - begin:.0f} s", flush=True)
 
 
 def script_of(command: Sequence[str]) -> str:
@@ -104,7 +114,8 @@ def _prepare(arguments: argparse.Namespace, cache: Path) -> Host:
     # virtme-ng takes a static one from here, which may be out of PATH.
     need({} if Path("/bin/busybox").exists() else {"busybox": "busybox-static"})
     tools = boot.install_vng(cache)
-    return Host(disk.build(cache, fresh=not arguments.keep_disk), tools)
+    with _timed("the image and its disk"):
+        return Host(disk.build(cache, fresh=not arguments.keep_disk), tools)
 
 
 def _test(arguments: argparse.Namespace, chosen: Sequence[Kernel], host: Host, cache: Path) -> int:
@@ -143,7 +154,8 @@ def _test(arguments: argparse.Namespace, chosen: Sequence[Kernel], host: Host, c
 
 
 def _install(arguments: argparse.Namespace, kernel: Kernel, cache: Path) -> Installed:
-    installed = kernels.install(kernel, cache, update=arguments.update)
+    with _timed(f"the kernel {kernel.name}"):
+        installed = kernels.install(kernel, cache, update=arguments.update)
     if version_of(installed.release) != version_of(kernel.version):
         print(
             f"vm: {kernel.name} is {installed.release}; tools/vm/matrix.py still says {kernel.version}",
@@ -175,9 +187,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "a command needs one kernel", remedy="tools/vm/run.py KERNEL -- COMMAND", usage=True
             )
         cache = cache_directory()
-        host = _prepare(arguments, cache)
+        with _timed("all that machines need but kernels"):
+            host = _prepare(arguments, cache)
         if command is None:
-            return _test(arguments, chosen, host, cache)
+            with _timed("kernels and tests"):
+                return _test(arguments, chosen, host, cache)
         kernel = chosen[0]
         installed, machine = _install(arguments, kernel, cache), _machine(arguments, kernel)
         return boot.run_command(

@@ -37,14 +37,24 @@ _CONFIDENTIAL = ("lockdown=confidentiality",)
 # tracefs, whose folders are empty then (LOCKDOWN_TRACEFS), so that no tracepoint has a number to open it by. Raw tracepoints
 # need none.
 _REFUSED = ("kprobe", "tracepoint")
+# Helpers that read kernel memory are refused too (LOCKDOWN_BPF_READ_KERNEL), and bpf_rdonly_cast came after 6.1.
+_REFUSED_WITHOUT_CAST = (*_REFUSED, "follow_pointers")
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel("5.10", "5.10", "Debian 11", "bullseye"),
     Kernel("6.1", "6.1", "Debian 12", "bookworm"),
     Kernel("6.12", "6.12", "Debian 13", "trixie"),
     Kernel("6.12-lockdown", "6.12", "Debian 13", "trixie", options=_CONFIDENTIAL, refuses=_REFUSED),
-    Kernel("newest", "7.2", "Debian 13 backports", "trixie-backports"),
-    Kernel("6.1-lockdown", "6.1", "Debian 12", "bookworm", options=_CONFIDENTIAL, refuses=_REFUSED, ci=False),
+    Kernel("newest", "7.3", "Debian 13 backports", "trixie-backports"),
+    Kernel(
+        "6.1-lockdown",
+        "6.1",
+        "Debian 12",
+        "bookworm",
+        options=_CONFIDENTIAL,
+        refuses=_REFUSED_WITHOUT_CAST,
+        ci=False,
+    ),
     Kernel("6.12-preempt", "6.12", "Debian 13", "trixie", options=("preempt=full",), ci=False),
     Kernel("6.12-rt", "6.12", "Debian 13", "trixie", package="linux-image-rt-amd64", ci=False),
 )

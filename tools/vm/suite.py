@@ -109,7 +109,7 @@ def run(
     junit.unlink(missing_ok=True)
     arguments = f"-k {shlex.quote(options.expression)}" if options.expression else ""
     script = _SCRIPT.format(kernel=shlex.quote(kernel.name), arguments=arguments)
-    with (out / "pytest.log").open("w", encoding="utf-8") as log:
+    with (out / "pytest.log").open("w", encoding="utf-8", buffering=1) as log:
 
         def show(text: str) -> None:
             log.write(text)

@@ -19,6 +19,9 @@ This page is made from `tools/vm/matrix.py` and kptrace's own tables of features
 mechanism that does not load fails the test. `make test-vm KERNEL=6.1` boots one. A kernel of another distribution does the
 same if it has the same features; `kptrace check` says which yours has, and what it saw where one is missing.
 
+Before 5.11 modules have no BTF, and the kernel's own has the legacy tables' structures but not those of nftables: look-ups by
+kprobe are iptables-legacy's only there, and /status says so.
+
 """
 
 

@@ -48,7 +48,8 @@ class ChainsTold:
 
     Attributes:
         family: IPv4 or IPv6.
-        truncated: the copy ends before the batch does.
+        truncated: the copy ends before the batch does: a chain that is written may be one that is emptied first and then
+            deleted, which is how kube-proxy removes chains.
         written: kube-proxy's chains that were written and stay.
         deleted: those that were deleted.
         whole: whether KUBE-SERVICES was written.
@@ -71,16 +72,20 @@ class ChainsTold:
     def endpoint(self, port: ServicePort, ip: str, number: int) -> bool | None:
         """See `Told`."""
         chains = endpoint_chains(port, ip, number)
-        if chains & self.written:
-            return True
         if self.truncated:
             return None
+        if chains & self.written:
+            return True
         gone = chains & self.deleted or _service_chains(port, _POLICY) & self.written
         return False if gone else None
 
+    def mentions(self, port: ServicePort, ip: str, number: int) -> bool:
+        """See `Told`."""
+        return bool(endpoint_chains(port, ip, number) & self.written)
+
     def present(self, port: ServicePort) -> bool | None:
         """See `Told`."""
-        return True if _service_chains(port, _SERVICE) & self.written else None
+        return True if not self.truncated and _service_chains(port, _SERVICE) & self.written else None
 
     def address(self, port: ServicePort, ip: str, number: int) -> bool | None:
         """Not told: addresses are in rules, not in names."""
@@ -127,3 +132,13 @@ def endpoint_chains(port: ServicePort, ip: str, number: int) -> frozenset[str]:
 
 def _service_chains(port: ServicePort, prefixes: tuple[str, ...]) -> frozenset[str]:
     return frozenset(prefix + text for text in iptables_hashes(port) for prefix in prefixes)
+
+
+def service_chains(port: ServicePort) -> frozenset[str]:
+    """The chains that choose a back end, `KUBE-SVC-...` and `KUBE-SVL-...`."""
+    return _service_chains(port, _POLICY)
+
+
+def own_chains(port: ServicePort) -> frozenset[str]:
+    """All chains that may be a Service port's own, but those of its endpoints."""
+    return _service_chains(port, _SERVICE)

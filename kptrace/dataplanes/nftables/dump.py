@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An inventory of the ruleset from netlink dumps, one datagram at a time: whoever runs it decides when to go on."""
+"""Netlink dumps of nf_tables, one datagram at a time: whoever runs one decides when to go on."""
 
 import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from kptrace.dataplanes.nftables.netlink import (
@@ -24,13 +24,10 @@ from kptrace.dataplanes.nftables.netlink import (
     messages,
     request,
 )
-from kptrace.dataplanes.nftables.object_changes import take_object
-from kptrace.dataplanes.nftables.objects import Inventory
 
 _RECEIVE_BYTES = 1 << 16
 _TIMEOUT: Final = struct.pack("@ll", 5, 0)
-_TABLE_NAME, _SET_NAME, _GENERATION = 1, 2, 1
-_KINDS: Final = (NftMessage.GETTABLE, NftMessage.GETCHAIN, NftMessage.GETRULE, NftMessage.GETSET)
+_GENERATION = 1
 
 
 class Interrupted(NetlinkError):
@@ -45,35 +42,23 @@ def open_channel() -> socket.socket:
     return channel
 
 
-class RulesetDump:
-    """One reading of the whole ruleset.
-
-    Iterating does it, a datagram a step; `inventory` is complete, and of one generation, when the iteration ends.
-    """
+class DumpChannel:
+    """Dumps through a socket that nobody else uses."""
 
     def __init__(self, channel: DatagramSocket) -> None:
-        """Read through a socket that nobody else uses."""
+        """Nothing is asked yet."""
         self._channel = channel
         self._sequence = 0
-        self.inventory = Inventory()
 
-    def __iter__(self) -> Iterator[None]:
-        """Read on by one datagram a step.
+    def dump(
+        self, kind: NftMessage, family: int, attributes_: bytes, take: Callable[[bytes], None]
+    ) -> Iterator[None]:
+        """Hand every object of a kind to `take`, header included; a datagram a step.
 
         Raises:
-            Interrupted: the ruleset changed.
+            Interrupted: the ruleset changed, or what was asked for is gone.
             NetlinkError: the kernel refused.
         """
-        self.inventory.generation = self._generation()
-        for kind in _KINDS:
-            yield from self._dump(kind, 0, b"")
-        for family, table, name in list(self.inventory.named_sets()):
-            names = _string(_TABLE_NAME, table) + _string(_SET_NAME, name)
-            yield from self._dump(NftMessage.GETSETELEM, family, names)
-        if self._generation() != self.inventory.generation:
-            raise Interrupted("a commit came in between", errno=errno.EINTR)
-
-    def _dump(self, kind: NftMessage, family: int, attributes_: bytes) -> Iterator[None]:
         self._send(kind, NLM_F_DUMP, family, attributes_)
         while True:
             data = self._receive()
@@ -85,10 +70,11 @@ class RulesetDump:
                 if message in (NLMSG_DONE, NLMSG_ERROR):
                     _check(kind, data, start, end)
                     return
-                take_object(self.inventory, data[start:end])
+                take(data[start:end])
             yield
 
-    def _generation(self) -> int:
+    def generation(self) -> int:
+        """The ruleset's generation: it moves with every commit."""
         self._send(NftMessage.GETGEN, 0, 0, b"")
         while True:
             data = self._receive()
@@ -115,7 +101,8 @@ class RulesetDump:
             ) from error
 
 
-def _string(kind: int, value: str) -> bytes:
+def string(kind: int, value: str) -> bytes:
+    """A string attribute."""
     raw = value.encode() + b"\0"
     return struct.pack("=HH", 4 + len(raw), kind) + raw + bytes(-len(raw) % 4)
 

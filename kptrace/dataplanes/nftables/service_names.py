@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from kptrace.dataplanes.service_index import Key, name_hash
-from kptrace.model.identity import Protocol
+from kptrace.dataplanes.told import port_names
+from kptrace.model.identity import Protocol, ServicePort
 from kptrace.model.netfilter import IpFamily
 
 TABLE: Final = "kube-proxy"
@@ -15,6 +16,8 @@ TABLE: Final = "kube-proxy"
 KEY_MAPS: Final = frozenset(
     {"service-ips", "no-endpoint-services", "service-nodeports", "no-endpoint-nodeports"}
 )
+#: Kinds of chains that choose a back end.
+POLICY_CHAINS: Final = frozenset({"service", "local"})
 _HASH_LENGTH = 8
 _CHAIN: Final = re.compile(
     r"(service|local|external|firewall|endpoint)-([A-Z2-7]{8})-"
@@ -53,6 +56,12 @@ def parse_chain(name: str) -> ChainName | None:
             return None
         endpoint = address, int(number)
     return ChainName(kind, f"{namespace}/{service}/{protocol}/{port}", endpoint)
+
+
+def bases(port: ServicePort) -> list[str]:
+    """What a Service port may be called in chains' names: `namespace/name/protocol/port`."""
+    head = f"{port.namespace}/{port.name}/{port.protocol.name.lower()}/"
+    return [head + name for name in port_names(port)]
 
 
 def _address(text: str) -> str | None:

@@ -8,16 +8,13 @@ nothing: they are flushed in every sync until they are deleted. Only a full sync
 
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Final
 
-from kptrace.dataplanes.nftables.service_names import KEY_MAPS, key_of, parse_chain
+from kptrace.dataplanes.nftables.service_names import KEY_MAPS, POLICY_CHAINS, bases, key_of, parse_chain
 from kptrace.dataplanes.nftables.service_rules import Change, read_changes
 from kptrace.dataplanes.service_index import Key, ServiceIndex
 from kptrace.dataplanes.told import EVERYTHING, Touched, port_names
 from kptrace.model.identity import Protocol, ServicePort
 from kptrace.model.netfilter import IpFamily
-
-_POLICY: Final = frozenset({"service", "local"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +31,8 @@ class ServiceBatch:
         bare: names in comments of addresses without endpoints, `namespace/name:port` and the protocol.
         keys: addresses and node ports: True where added, False where taken from the map of those that are answered,
             None where only taken from the map of those without endpoints (policy Local has some in both).
+        whole: names of Service ports whose policy chains have all their rules here, whatever the copy lacks: kube-proxy
+            adds all chains of a Service port before it writes the rules of one.
     """
 
     family: IpFamily
@@ -43,6 +42,7 @@ class ServiceBatch:
     endpoints: dict[str, AbstractSet[tuple[str, int]]] = field(default_factory=dict)
     bare: AbstractSet[tuple[str, Protocol]] = frozenset()
     keys: dict[Key, bool | None] = field(default_factory=dict)
+    whole: AbstractSet[str] = field(default=frozenset(), compare=False)
 
     def touches(self, port: ServicePort, *, bare: bool) -> bool | None:
         """See `Told`."""
@@ -52,13 +52,17 @@ class ServiceBatch:
 
     def endpoint(self, port: ServicePort, ip: str, number: int) -> bool | None:
         """See `Told`."""
-        names = _bases(port)
+        names = bases(port)
         if any((ip, number) in self.endpoints.get(name, ()) for name in names):
             return True
         if self.truncated:
-            return None
-        written = any(_POLICY & self.chains.get(name, frozenset()) for name in names)
+            return False if any(name in self.whole for name in names) else None
+        written = any(POLICY_CHAINS & self.chains.get(name, frozenset()) for name in names)
         return False if written or self.full or self._is_bare(port) else None
+
+    def mentions(self, port: ServicePort, ip: str, number: int) -> bool:
+        """See `Told`."""
+        return any((ip, number) in self.endpoints.get(name, ()) for name in bases(port))
 
     def present(self, port: ServicePort) -> bool | None:
         """See `Told`."""
@@ -73,7 +77,7 @@ class ServiceBatch:
         return self._named(port) if answered is None else answered
 
     def _named(self, port: ServicePort) -> bool:
-        return any(name in self.chains for name in _bases(port)) or self._is_bare(port)
+        return any(name in self.chains for name in bases(port)) or self._is_bare(port)
 
     def _is_bare(self, port: ServicePort) -> bool:
         service = f"{port.namespace}/{port.name}"
@@ -111,17 +115,13 @@ def touched_service_ports(batch: ServiceBatch, index: ServiceIndex) -> Touched:
     return frozenset(port for port in found if port is not None)
 
 
-def _bases(port: ServicePort) -> list[str]:
-    head = f"{port.namespace}/{port.name}/{port.protocol.name.lower()}/"
-    return [head + name for name in port_names(port)]
-
-
 def _reduce(family: IpFamily, changes: list[Change], *, truncated: bool) -> ServiceBatch:
     full = False
     chains: dict[str, set[str]] = {}
     endpoints: dict[str, set[tuple[str, int]]] = {}
     bare: set[tuple[str, Protocol]] = set()
     keys: dict[Key, bool | None] = {}
+    without_rule: dict[str, set[str]] = {}
     for change in changes:
         if change.family is not family:
             continue
@@ -138,11 +138,19 @@ def _reduce(family: IpFamily, changes: list[Change], *, truncated: bool) -> Serv
         elif (name := parse_chain(change.name)) and change.added:
             kinds = chains.setdefault(name.base, set())
             kinds.add(name.kind)
-            if name.kind in _POLICY:
+            if name.kind in POLICY_CHAINS:
                 ends, clear = _back_ends(change)
                 endpoints.setdefault(name.base, set()).update(ends)
                 truncated |= not clear
-    return ServiceBatch(family, truncated, full, dict(chains), dict(endpoints), frozenset(bare), keys)
+                waiting = without_rule.setdefault(name.base, set())
+                if change.what == "rule" and clear:
+                    waiting.discard(name.kind)
+                else:
+                    waiting.add(name.kind)
+    whole = {base for base, kinds in without_rule.items() if not kinds}
+    return ServiceBatch(
+        family, truncated, full, dict(chains), dict(endpoints), frozenset(bare), keys, frozenset(whole)
+    )
 
 
 def _note(keys: dict[Key, bool | None], key: Key, change: Change) -> None:

@@ -2,6 +2,7 @@
 """Which parts a daemon starts: alternatives in order, everything else side by side, and what it says of the rest."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,9 +182,17 @@ def test_a_daemon_that_can_measure_nothing_does_not_start(bench: Bench, start: C
 @pytest.mark.parametrize("allowed", [True, False])
 def test_names_are_shown_only_where_allowed(bench: Bench, start: Callable[..., Parts], allowed: bool) -> None:
     """Every running signal has its sections in /status, and hears whether it may show names."""
-    sections = start(three(bench), status_names=allowed).sections()
+    sections = start(three(bench), status_names=allowed).sections(names=allowed)
     assert sections["lookup names"] is sections["rewrite names"] is allowed
     assert sections["losses"] == {"daemon/callback_failed": 0, "lookup/ring_full": 7, "rewrite/ring_full": 7}
+
+
+def test_a_part_that_loads_nothing_is_not_compiled(bench: Bench, start: Callable[..., Parts]) -> None:
+    """It starts in its turn, beside others that are."""
+    nothing = replace(bench.part("programming", "watch"), request=None)
+    parts = start([bench.part(*BRACKET, alternative=True), nothing, bench.part(*REWRITE)])
+    assert bench.events == ["compile bracket tracepoint", "start bracket", "start watch", "start tracepoint"]
+    assert row(parts, ("programming", "watch")).state is State.ACTIVE
 
 
 def test_a_missing_compiler_is_the_reason(bench: Bench, start: Callable[..., Parts]) -> None:

@@ -169,6 +169,21 @@ def test_a_cut_copy_may_carry_anything_but_what_it_shows_is_there() -> None:
     assert one(data, len(data) + 1).endpoint(WEB, "10.244.1.11", 8080) is True
 
 
+def test_a_cut_copy_tells_who_is_not_in_rules_that_are_whole() -> None:
+    """All policy chains of a Service port are added before the rules of one are written."""
+    text = "demo/web/tcp/http"
+    rule = nft(NEWRULE, TABLE, name(2, chain_of("service", text)))
+    other = add_chain("service", "demo/api/tcp/https")
+    for chains, expected in ((("service",), False), (("service", "local"), None)):
+        data = batch(*(add_chain(kind, text) for kind in chains), rule, other, end=False)
+        told = one(data, len(data) + 1)
+        assert told.truncated
+        assert told.endpoint(WEB, "10.244.1.11", 8080) is expected
+        assert told.endpoint(API, "10.244.1.11", 8443) is None
+    told = one(batch(add_chain("service", text), add_chain("local", text), rule, end=False), 1000)
+    assert told.endpoint(WEB, "10.244.1.11", 8080) is None
+
+
 def test_a_port_without_a_name_is_the_services_only_one() -> None:
     """kube-proxy's name for it is empty; ours is its number, which may be a name as well."""
     for text in ("demo/plain/tcp/", "demo/plain/tcp/80"):

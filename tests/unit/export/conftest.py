@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from kptrace.export.listen import listen_tcp
 from kptrace.export.registry import Exporter
 from kptrace.export.routes import Readiness
 from kptrace.export.server import Limits, MetricsServer, TlsFiles
@@ -30,7 +31,9 @@ def serve() -> Iterator[Serve]:
         ],
     ) -> MetricsServer:
         exporter = Exporter(lambda: sources or (FakeSource("one", counters(input=23.0)),))
-        server = MetricsServer(("127.0.0.1", 0), exporter, StatusPage(states, dict), ready, tls, limits)
+        server = MetricsServer(
+            listen_tcp(("127.0.0.1", 0)), exporter, StatusPage(states, dict), ready, tls, limits
+        )
         started.append(server)
         server.start()
         return server

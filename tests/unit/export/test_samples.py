@@ -2,12 +2,27 @@
 """What a source may yield, and what is refused because Prometheus would refuse the scrape."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
+from kptrace.export.registry import Exporter
 from kptrace.export.samples import Gathered
-from kptrace.model.metrics import HistogramSample, MetricFamily, MetricSpec, Sample
-from tests.unit.export.fakes import COUNT, DURATION, counters, histogram
+from kptrace.model.metrics import Exemplar, HistogramSample, MetricFamily, MetricSpec, Sample
+from tests.unit.export.fakes import COUNT, DURATION, FakeSource, counters, histogram
+
+
+def test_a_bucket_points_to_its_exemplar_in_openmetrics_only() -> None:
+    """The bucket that the observation fell into names the record; the other text format has no exemplars."""
+    shown = Exemplar({"record": "17"}, 0.125, 1_700_000_000.0)
+    sample = replace(histogram(("c", "first"), 0, 0, 1, 1), exemplars={0.25: shown})
+    exporter = Exporter(lambda: [FakeSource("one", MetricFamily(DURATION, [sample]))])
+    lines = exporter.render("application/openmetrics-text")[0].decode().splitlines()
+    marked = [line for line in lines if "record=" in line]
+    assert len(marked) == 1
+    assert 'le="0.25"' in marked[0]
+    assert marked[0].endswith('# {record="17"} 0.125 1700000000.0')
+    assert b"record=" not in exporter.render("text/plain")[0]
 
 
 def test_two_sources_may_share_a_metric() -> None:

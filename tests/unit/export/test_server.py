@@ -12,6 +12,7 @@ from http.client import HTTPConnection
 
 import pytest
 
+from kptrace.export.listen import listen_tcp
 from kptrace.export.page import STYLE_SOURCE
 from kptrace.export.registry import Exporter
 from kptrace.export.request import MAX_HEAD, MAX_HEADERS, MAX_LINE
@@ -257,7 +258,9 @@ def test_closing_lets_answers_arrive(serve: Serve) -> None:
 
 def test_closing_without_start_frees_the_port() -> None:
     """A server that never served can be closed."""
-    server = MetricsServer(("127.0.0.1", 0), Exporter(lambda: ()), StatusPage(list, dict), lambda: True)
+    server = MetricsServer(
+        listen_tcp(("127.0.0.1", 0)), Exporter(lambda: ()), StatusPage(list, dict), lambda: True
+    )
     port = server.port
     server.close()
     socket.create_server(("127.0.0.1", port)).close()
@@ -274,7 +277,7 @@ def test_a_port_in_use_is_named(host: str, shown: str) -> None:
         pytest.skip(f"no {host}: {error}")
     with taken, pytest.raises(ListenError) as refused:
         port = taken.getsockname()[1]
-        MetricsServer((host, port), Exporter(lambda: ()), StatusPage(list, dict), lambda: True)
+        listen_tcp((host, port))
     assert shown.format(port) in str(refused.value)
     assert "in use" in str(refused.value)
     assert "--listen" in refused.value.remedy
@@ -284,4 +287,4 @@ def test_a_port_in_use_is_named(host: str, shown: str) -> None:
 def test_an_address_that_is_not_ours_is_named(host: str) -> None:
     """An address of another host, or none, is an error with the address."""
     with pytest.raises(ListenError, match=host):
-        MetricsServer((host, 10777), Exporter(lambda: ()), StatusPage(list, dict), lambda: True)
+        listen_tcp((host, 10777))

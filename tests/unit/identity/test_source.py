@@ -75,7 +75,7 @@ def test_messages_become_snapshots_metrics_and_states() -> None:
     assert told == [identity.snapshot()]
     assert (told[0].revision, told[0].taken_at, dict(told[0].nodes)) == (1, 95.0, {"b": ()})
     objects, last, _ = identity.families()
-    assert (values(objects)[("nodes",)], values(last)) == (1, {(): 4995.0})
+    assert (values(objects)[("nodes",)], values(last)) == (1, {("watch_nodes",): 4995.0})
 
     feed.waiting = [Alive("watch_nodes", 99.0), Trouble("watch_nodes", 100.0, "unreachable", "refused")]
     feed.waiting.append(Rejected("watch_nodes", 98.0, "status"))

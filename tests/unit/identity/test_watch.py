@@ -64,9 +64,13 @@ class Answer:
 
 
 class Server:
-    """Gives scripted answers in order, and ends the watch when there are no more."""
+    """Gives scripted answers in order, and ends the watch when there are no more.
 
-    def __init__(self, *answers: Answer | ApiError) -> None:
+    It refuses to begin a watch with all objects unless it is told otherwise.
+    """
+
+    def __init__(self, *answers: Answer | ApiError, initial_events: bool = False) -> None:
+        self.initial_events = initial_events
         self.answers = list(answers)
         self.given: list[Answer] = []
         self.queries: list[dict[str, str]] = []
@@ -77,6 +81,8 @@ class Server:
         """The next answer."""
         assert path == "/api/v1/services"
         assert read_timeout > 0
+        if "sendInitialEvents" in query and not self.initial_events:
+            return Answer(status=422)
         self.queries.append(dict(query))
         answer = self.answers.pop(0)
         if isinstance(answer, ApiError):
@@ -264,3 +270,72 @@ def test_a_backoff_is_jittered_and_bounded() -> None:
     first, second = [one.next() for _ in range(20)], [other.next() for _ in range(20)]
     assert first != second
     assert max(first + second) <= 60
+
+
+def initial_end(version: str) -> bytes:
+    """The bookmark that ends the objects which there were."""
+    annotations = {"k8s.io/initial-events-end": "true"}
+    return event("BOOKMARK", {"metadata": {"resourceVersion": version, "annotations": annotations}})
+
+
+def test_a_watch_may_begin_with_all_objects() -> None:
+    """Where the server can, objects come as events: together they are a list, and the same stream is the watch."""
+    server = Server(
+        Answer(
+            event("ADDED", raw("a", "90")) + event("ADDED", raw("gone", "91")),
+            event("DELETED", raw("gone", "95")) + event("ADDED", raw("b", "80")) + initial_end("100"),
+            event("ADDED", raw("c", "101")),
+        ),
+        Answer(),
+        initial_events=True,
+    )
+    first, *rest = [message for message in server.messages() if not isinstance(message, Alive)]
+    assert isinstance(first, Listed)
+    assert names(first) == ["a", "b"]
+    assert [names(message) for message in rest] == [["c"]]
+    begun, resumed = server.queries
+    assert begun.pop("timeoutSeconds")
+    assert begun == {
+        "labelSelector": "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name",
+        "watch": "1",
+        "allowWatchBookmarks": "true",
+        "sendInitialEvents": "true",
+        "resourceVersionMatch": "NotOlderThan",
+        "resourceVersion": "0",
+    }
+    assert resumed["resourceVersion"] == "101"
+    assert "sendInitialEvents" not in resumed
+
+
+def test_objects_that_came_in_part_are_no_list() -> None:
+    """A stream that breaks before all objects have come begins anew; names are not taken from a part."""
+    server = Server(
+        Answer(event("ADDED", raw("a", "90")), ApiError("disconnected", "cut")),
+        Answer(
+            event("ADDED", raw("b", "90")) + event("ADDED", raw("bad", "91", "nonsense")) + initial_end("100")
+        ),
+        Answer(),
+        initial_events=True,
+    )
+    found = [message for message in server.messages() if not isinstance(message, Alive)]
+    assert [type(message) for message in found] == [Trouble, Rejected, Listed]
+    assert names(found[2]) == ["b"]
+    assert "sendInitialEvents" in server.queries[1]
+
+
+def test_an_expired_version_leads_to_a_watch_from_the_beginning() -> None:
+    """410 empties the cursor: the next watch begins with all objects again."""
+    server = Server(
+        Answer(initial_end("100")),
+        Answer(error_event(410)),
+        Answer(event("ADDED", raw("b", "90")) + initial_end("200")),
+        Answer(),
+        initial_events=True,
+    )
+    found = [message for message in server.messages() if not isinstance(message, Alive)]
+    assert [message.reason if isinstance(message, Trouble) else names(message) for message in found] == [
+        [],
+        "expired",
+        ["b"],
+    ]
+    assert [query["resourceVersion"] for query in server.queries] == ["0", "100", "0", "200"]

@@ -42,10 +42,15 @@ class Handler(BaseHTTPRequestHandler):
         """Answer a list or a watch."""
         url = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        if "sendInitialEvents" in query:
+            self._answer(422, {})
+            return
         self.server.seen.append((url.path, query, dict(self.headers)))
         watch = "watch" in query
         self.server.counts["watch" if watch else "list"] += 1
-        if self.server.status != 200:
+        if self.headers["Authorization"] != f"Bearer {self.server.bearer}":
+            self._answer(401, {})
+        elif self.server.status != 200:
             self._answer(self.server.status, {})
         elif watch:
             self._stream()
@@ -91,6 +96,7 @@ class ApiServer(ThreadingHTTPServer):
         self.items: dict[str, list[Any]] = {}
         self.events: queue.Queue[Any] = queue.Queue()
         self.status = 200
+        self.bearer = "t0ken"
         self.seen: list[tuple[str, dict[str, str], dict[str, str]]] = []
         self.counts: Counter[str] = Counter()
         self.closing = threading.Event()
@@ -118,7 +124,7 @@ def server() -> Iterator[ApiServer]:
     found.end()
 
 
-def kubeconfig(folder: Path, port: int) -> Path:
+def kubeconfig(folder: Path, port: int, bearer: str = "t0ken") -> Path:
     """A kubeconfig that leads to this port."""
     path = folder / "kubeconfig"
     value = {
@@ -127,7 +133,7 @@ def kubeconfig(folder: Path, port: int) -> Path:
         "current-context": "c",
         "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
         "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
-        "users": [{"name": "u", "user": {"token": "t0ken"}}],
+        "users": [{"name": "u", "user": {"token": bearer}}],
     }
     path.write_text(json.dumps(value), encoding="utf-8")
     return path
@@ -342,4 +348,20 @@ def test_a_full_queue_makes_the_watch_wait_and_loses_nothing(server: ApiServer, 
         time.sleep(0.002)
     assert names(identity) == ["one"]
     until(identity, lambda: len(names(identity)) == count + 1)
+    assert reasons(identity) == {"ok"}
+
+
+def test_a_kubeconfig_is_read_again_when_its_token_is_refused(
+    server: ApiServer, watching: Watcher, tmp_path: Path
+) -> None:
+    """A token that was replaced in the file is the one of the next request after 401."""
+    identity = watching(server.server_port)
+    until(identity, lambda: server.counts["watch"] == 1)
+    server.bearer = "an0ther"
+    server.events.put(END)
+    until(identity, lambda: reasons(identity) == {"unauthorized"})
+    assert names(identity) == ["one"]
+    kubeconfig(tmp_path, server.server_port, "an0ther")
+    server.events.put({"type": "ADDED", "object": raw("two", 101, "10.96.0.2")})
+    until(identity, lambda: names(identity) == ["one", "two"])
     assert reasons(identity) == {"ok"}

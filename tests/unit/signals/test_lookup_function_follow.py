@@ -165,6 +165,29 @@ def test_a_module_without_btf_is_told_apart(bench: Bench) -> None:
     assert "nft_pktinfo" in bench.follower.state.detail
 
 
+def test_a_function_that_cannot_be_told_does_not_end_the_waiting_for_others(bench: Bench) -> None:
+    """As on kernels before v5.11 with nf_tables loaded, where kube-proxy brings ip_tables after the daemon."""
+    bench.load(NFT)
+    bench.lacking[NFT] = BtfMissing("nft_pktinfo", "struct")
+    bench.follower.start()
+    assert (bench.follower.state.state, bench.follower.state.reason) == (State.DEGRADED, "no_module_btf")
+    bench.load(IPT)
+    bench.settle()
+    assert list(bench.kernel.attached) == ["ipt_do_table"]
+
+
+def test_fentry_leaves_what_it_cannot_find_to_kprobes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function that only the BTF lacks is no reason to wait: there is another mechanism."""
+    bench = Bench(tmp_path, monkeypatch, "fentry")
+    bench.load(NFT)
+    bench.lacking[NFT] = BtfMissing("nft_do_chain", "function")
+    with pytest.raises(UnsupportedError, match="nft_do_chain"):
+        bench.follower.start()
+    bench.follower.close()
+
+
 def test_nothing_but_refusals_is_unsupported(bench: Bench) -> None:
     """The message has what was seen, the lockdown file too."""
     bench.load(NFT)

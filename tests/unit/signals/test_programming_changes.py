@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an event changes of what a Service is to have."""
 
-from dataclasses import replace
-
 from kptrace.identity.eligible import Place, Wanted, wanted
 from kptrace.identity.records import PortRecord, ServiceRecord, SliceRecord
 from kptrace.identity.store import Store
@@ -78,7 +76,7 @@ def test_an_update_of_what_kube_proxy_does_not_look_at_changes_nothing() -> None
         wanted(store.service(("demo", "web")), store.slices_of(("demo", "web")), Place("here"))
         for store in (
             at(first),
-            at(replace(first, pod="demo/p")),
+            at(first._replace(pod="demo/p")),
             at(first, Endpoint("10.0.0.2", 8080, ready=False)),
         )
     ]

@@ -283,3 +283,18 @@ def test_kinds_say_what_they_are() -> None:
         "service_added",
         "service_removed",
     ]
+
+
+def test_a_cut_batch_that_mentions_an_endpoint_carries_it_where_it_came() -> None:
+    """kube-proxy writes the chain of an endpoint that goes too, to empty it: there time decides."""
+    (chain,) = endpoint_chains(WEB, A, 80)
+    cut = ChainsTold(V4, truncated=True, written=frozenset({chain}))
+    watch = Watch()
+    watch.tell(change(100, ADDED, A), change(100, ADDED, B))
+    assert watch.tell(commit(99, 140, cut)) == ["programmed 40 exact"]
+    assert watch.tell(commit(1140, 1180, cut)) == ["programmed 1080 inferred"]
+    watch.tell(change(2000, REMOVED, A))
+    assert watch.tell(commit(2010, 2020, cut)) == ["programmed 20 inferred"]
+    assert watch.tell(change(3000, ADDED, A)) == []
+    assert watch.tell(commit(3001, 3010, cut)) == ["programmed 10 exact"]
+    assert watch.balanced()

@@ -297,6 +297,28 @@ def test_modules_are_followed(types: type[Types], tmp_path: Path) -> None:
     assert kernel.attached == ["xt_replace_table"]
 
 
+def test_there_is_something_to_do_only_when_modules_move(types: type[Types], tmp_path: Path) -> None:
+    """Asking is free of the BTF: true before the first look and after a module came or went, else false."""
+    kernel, following = follower(tmp_path)
+    kernel.mechanism = "fentry"
+    assert following.due()
+    following.tick()
+    assert not following.due()
+    types.functions = [hook.function for hook in HOOKS]
+    folder = module(tmp_path, "x_tables")
+    assert following.due()
+    following.tick()
+    assert not following.due()
+    assert following.pinned() == ("x_tables",)
+    kernel.mechanism = "kprobe"
+    assert following.pinned() == ()
+    for path in (folder / "initstate", folder):
+        path.unlink() if path.is_file() else path.rmdir()
+    assert following.due()
+    following.tick()
+    assert not following.due()
+
+
 def test_what_is_missing_or_refused_is_told_apart(types: type[Types], tmp_path: Path) -> None:
     """A function that the module has not is no refusal, by BTF or by a kprobe's errno; each is tried once."""
     types.functions = ["nf_tables_commit", "nf_tables_abort", "nf_tables_trans_destroy_work"]

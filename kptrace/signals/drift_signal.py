@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drift signal: reads kube-proxy's rules back now and then, and compares them with what the API wants.
+
+Reading takes a while and asks the kernel thousands of small questions, so it has a thread of its own that rests most of the
+time; comparing needs the names, which belong to the loop's thread, and goes in slices.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Final, Protocol
+
+import structlog
+
+from kptrace.dataplanes.installed_services import Installed, read_installed
+from kptrace.dataplanes.nftables.dump import open_channel
+from kptrace.dataplanes.nftables.netlink import NetlinkError
+from kptrace.dataplanes.nftables.service_dump import ServiceDump
+from kptrace.identity.eligible import Wanted
+from kptrace.kernel.netns import NetworkNamespace
+from kptrace.model.identity import ServicePort
+from kptrace.model.metrics import MetricFamily, MetricSpec, Sample
+from kptrace.model.netfilter import IpFamily
+from kptrace.model.signal import MechanismState, State
+from kptrace.signals.drift import Drift, DriftTracker, differences, summary
+
+SPEC: Final = MetricSpec(
+    "kptrace_service_drift",
+    "gauge",
+    "Service ports whose installed endpoints differ from those that the API wants on this node, for longer than"
+    " --drift-after. Read back from kube-proxy's rules by netlink; in iptables-nft only what is missing can be seen.",
+    ("dataplane", "family"),
+)
+READINGS: Final = MetricSpec(
+    "kptrace_service_drift_readings_total",
+    "counter",
+    "Readings of kube-proxy's rules that were compared with the API, by result.",
+    ("result",),
+)
+#: How long a difference must last, and how many readings there are in that time at most.
+AFTER_SECONDS: Final = 60.0
+READINGS_WITHIN: Final = 2
+#: One may cost this share of a core.
+COST_SHARE: Final = 0.005
+#: After each so many steps of a reading, a rest.
+STEPS: Final = 32
+REST_SECONDS: Final = 0.005
+#: Services compared at a time, and the pause between.
+SLICE: Final = 64
+PAUSE_SECONDS: Final = 0.01
+
+Name = tuple[str, str]
+
+
+class Names(Protocol):
+    """What the identity knows of Services that kube-proxy is to program here; for the loop's thread."""
+
+    @property
+    def followed(self) -> bool:
+        """Whether all of it was listed."""
+        ...
+
+    def programmed(self) -> Sequence[Name]:
+        """The Services."""
+        ...
+
+    def wanted(self, name: Name) -> Mapping[tuple[ServicePort, IpFamily], Wanted]:
+        """What one of them is to have."""
+        ...
+
+
+class Loop(Protocol):
+    """The part of the daemon's loop that is needed."""
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> object:
+        """Call once."""
+        ...
+
+    def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
+        """Call from the loop's thread."""
+        ...
+
+
+class DriftSignal:
+    """Implements `kptrace.model.signal.Source`."""
+
+    name = "drift"
+
+    def __init__(
+        self,
+        netns: NetworkNamespace,
+        names: Names,
+        loop: Loop,
+        *,
+        after_seconds: float = AFTER_SECONDS,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        """Nothing is read before `start`.
+
+        Args:
+            netns: where kube-proxy's rules are.
+            names: what is to be in them.
+            loop: the daemon's.
+            after_seconds: how long a difference must last.
+            clock: CLOCK_MONOTONIC, ns.
+        """
+        self._netns = netns
+        self._names = names
+        self._loop = loop
+        self._least = after_seconds / READINGS_WITHIN
+        self._clock = clock
+        self._log = structlog.get_logger(signal=self.name)
+        self._trackers = {family: DriftTracker(family, round(after_seconds * 1e9)) for family in IpFamily}
+        self._closing = threading.Event()
+        self._compared = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kptrace-drift", daemon=True)
+        self._drifts: Mapping[IpFamily, tuple[Drift, ...]] = MappingProxyType({})
+        self._planes: Mapping[IpFamily, str] = MappingProxyType({})
+        self._readings = {"compared": 0, "nothing_installed": 0, "interrupted": 0}
+        self._trouble = ""
+
+    def start(self) -> None:
+        """Read now, and again for as long as the daemon lives."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread. Idempotent."""
+        self._closing.set()
+        self._compared.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            begin, cost = self._clock(), time.thread_time()
+            installed = self._read()
+            cost = time.thread_time() - cost
+            if installed is not None:
+                self._compared.clear()
+                self._loop.call_soon_threadsafe(lambda read=installed, at=begin: self._compare(read, at))  # type: ignore[misc]  # a lambda's defaults have no types
+                self._compared.wait()
+            self._closing.wait(max(self._least, cost / COST_SHARE))
+
+    def _read(self) -> list[Installed] | None:
+        """What is installed, one for each family that has anything; None where it could not be read."""
+        try:
+            with self._netns.enter():
+                channel = open_channel()
+        except OSError as error:
+            self._fail(f"no netlink socket: {error.strerror}")
+            return None
+        found: list[Installed] = []
+        with channel:
+            try:
+                for family in IpFamily:
+                    found += self._gently(read_installed(ServiceDump(channel), family))
+            except NetlinkError as error:
+                self._fail(str(error))
+                return None
+        self._trouble = ""
+        return found
+
+    def _gently(self, steps: Iterator[Installed | None]) -> Iterable[Installed]:
+        for number, found in enumerate(steps):
+            if found is not None:
+                yield found
+            if number % STEPS == STEPS - 1 and self._closing.wait(REST_SECONDS):
+                return
+
+    def _fail(self, trouble: str) -> None:
+        self._trouble = trouble
+        self._readings["interrupted"] += 1
+        self._log.debug("drift_not_read", detail=trouble)
+
+    def _compare(self, installed: Sequence[Installed], begin_ns: int) -> None:
+        if not self._names.followed or not installed:
+            self._readings["nothing_installed"] += not installed
+            self._planes = MappingProxyType({})
+            self._drifts = MappingProxyType({})
+            self._compared.set()
+            return
+        names = iter(list(self._names.programmed()))
+        by_family = {each.family: each for each in installed}
+
+        def go_on() -> None:
+            for _ in range(SLICE):
+                name = next(names, None)
+                if name is None:
+                    self._finish(by_family)
+                    return
+                for (port, family), wanted in self._names.wanted(name).items():
+                    if family in by_family:
+                        found = differences(port, wanted.endpoints, by_family[family])
+                        self._trackers[family].note(port, found, begin_ns)
+            self._loop.call_later(PAUSE_SECONDS, go_on)
+
+        go_on()
+
+    def _finish(self, by_family: Mapping[IpFamily, Installed]) -> None:
+        now, drifts = self._clock(), {}
+        for family, tracker in self._trackers.items():
+            if family in by_family:
+                tracker.finish()
+                drifts[family] = tuple(tracker.drifting(now, by_family[family].dataplane))
+        self._drifts = MappingProxyType(drifts)
+        self._planes = MappingProxyType({family: each.dataplane.value for family, each in by_family.items()})
+        self._readings["compared"] += 1
+        self._compared.set()
+
+    def losses(self) -> Mapping[tuple[str, str], int]:
+        """None: what was not read is read again."""
+        return {}
+
+    def status(self, *, names: bool) -> Mapping[str, object]:
+        """What /status shows of it."""
+        drifts = self._drifts
+        section: dict[str, object] = {
+            "drifting": sum(map(len, drifts.values())),
+            "readings": self._readings["compared"],
+        }
+        return {"drift": section, **({"drifting": summary(drifts)} if names else {})}
+
+    def explain(self, namespace: str, name: str) -> Mapping[str, object]:
+        """What is known of one Service."""
+        mine = {
+            family: tuple(
+                each for each in every if (each.port.namespace, each.port.name) == (namespace, name)
+            )
+            for family, every in self._drifts.items()
+        }
+        return {"drift": summary(mine)}
+
+    def describe(self) -> Sequence[MetricSpec]:
+        """See `Source`."""
+        return SPEC, READINGS
+
+    def families(self) -> Iterable[MetricFamily]:
+        """See `Source`."""
+        drifts, planes = self._drifts, self._planes
+        found = [
+            Sample((plane, family.value), float(len(drifts.get(family, ()))))
+            for family, plane in planes.items()
+        ]
+        readings = [Sample((result,), float(count)) for result, count in self._readings.items()]
+        return MetricFamily(SPEC, found), MetricFamily(READINGS, readings)
+
+    def states(self) -> Sequence[MechanismState]:
+        """See `Source`."""
+        if self._trouble:
+            return [MechanismState(self.name, "netlink", State.DEGRADED, "not_read", self._trouble)]
+        if not self._names.followed:
+            detail = "Services, EndpointSlices and this node are not all listed yet"
+            return [MechanismState(self.name, "netlink", State.DEGRADED, "starting", detail)]
+        if not self._planes:
+            detail = "nf_tables has no rules of kube-proxy's here; those of iptables-legacy are not read back"
+            return [MechanismState(self.name, "netlink", State.DEGRADED, "nothing_installed", detail)]
+        return [MechanismState(self.name, "netlink", State.ACTIVE)]

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programming signal: how long an API change takes to be true in the kernel, from what others have heard and traced."""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Final, Protocol
+
+from kptrace.identity.differences import Difference
+from kptrace.model.metrics import MetricFamily, MetricSpec
+from kptrace.model.netfilter import IpFamily
+from kptrace.model.rewrite import Outcome, Rewrite
+from kptrace.model.signal import MechanismState, State
+from kptrace.signals.clocks import unix_ns
+from kptrace.signals.programming_changes import changes_between
+from kptrace.signals.programming_commits import commits_of, failed_run
+from kptrace.signals.programming_correlate import Correlator
+from kptrace.signals.programming_events import Result
+from kptrace.signals.programming_metrics import SPECS, ProgrammingCounts
+from kptrace.signals.programming_pending import Ages
+from kptrace.signals.programming_recent import RecentChanges
+from kptrace.signals.sync_events import Sync
+from kptrace.signals.writers import KUBE_PROXY
+
+TICK_NS: Final = 1_000_000_000
+#: Rewrites with the copies of their bytes that wait until they are settled, half a second mostly: 4 MiB.
+MAX_WAITING: Final = 1024
+#: When a change is pending for so long and kube-proxy was never seen to commit, there may be none.
+ABSENT_NS: Final = 60_000_000_000
+
+
+class Runs(Protocol):
+    """What is needed of writers' runs (`sync_signal.SyncSignal`)."""
+
+    def began_ns(self, rewrite: Rewrite) -> int | None:
+        """When the run began that a settled transaction belongs to, while the run is not over for long."""
+        ...
+
+    def running(self) -> Mapping[str, int]:
+        """The beginning of the oldest run under way, by class of writer."""
+        ...
+
+
+class ProgrammingSignal:
+    """Implements `kptrace.model.signal.Source`. Everything that is told it is told on the loop's thread."""
+
+    name = "programming"
+
+    def __init__(
+        self,
+        runs: Runs,
+        listed: Callable[[], bool],
+        *,
+        node: str = "",
+        lost: Callable[[], int] = lambda: 0,
+        record: Callable[[Result], str] = lambda _: "",
+        clock: Callable[[], int] = time.monotonic_ns,
+        unix: Callable[[int], int] = unix_ns,
+    ) -> None:
+        """Nothing is pending.
+
+        Args:
+            runs: of writers.
+            listed: whether what is to be programmed is known.
+            node: this node's name, empty where unknown.
+            lost: how many rewrites may have been missed so far.
+            record: keeps a change that is worth it; returns the record's number, or nothing.
+            clock: CLOCK_MONOTONIC, ns.
+            unix: the time since 1970 of a time by that clock, ns.
+        """
+        self._runs = runs
+        self._listed = listed
+        self._node = node
+        self._lost = lost
+        self._record = record
+        self._clock = clock
+        self._missed = lost()
+        self._counts = ProgrammingCounts(unix)
+        self._recent = RecentChanges(unix)
+        self._correlator = Correlator(self._take)
+        self._totals: Counter[str] = Counter()
+        self._waiting: deque[tuple[Rewrite, bytes]] = deque()
+        self._over: dict[int, int] = {}
+        self._failed: list[Sync] = []
+        self._forgotten = 0
+        self._commits = 0
+        self._ticked_ns = 0
+        self._pending: Mapping[IpFamily, Ages] = MappingProxyType({})
+        self._publish()
+
+    def difference(self, difference: Difference) -> None:
+        """A Service is to be programmed differently."""
+        before, after = difference.before, difference.after
+        for change in changes_between(before, after, difference.received_ns, difference.trigger_ns):
+            new = (
+                self._correlator.relisted([change]) > 0
+                if difference.late
+                else self._correlator.change(change)
+            )
+            if new:
+                self._counts.add_change(change)
+
+    def written(self, rewrite: Rewrite, data: bytes) -> None:
+        """A transaction in the watched namespace, of any outcome, with the copy of its bytes."""
+        if rewrite.writer != KUBE_PROXY:
+            return
+        if len(self._waiting) == MAX_WAITING:
+            self._forgotten += 1
+            self._correlator.lost()
+            return
+        self._waiting.append((rewrite, data))
+
+    def synced(self, sync: Sync) -> None:
+        """A writer's run is over."""
+        if sync.writer != KUBE_PROXY:
+            return
+        self._over |= {id(commit): sync.begin_ns for commit in sync.commits}
+        if sync.outcome is Outcome.FAILED:
+            self._failed.append(sync)
+
+    def settled(self, until_ns: int) -> None:
+        """All runs are known up to this time."""
+        missed = self._lost()
+        if missed != self._missed:
+            self._missed = missed
+            self._correlator.lost()
+        waiting, self._waiting = self._waiting, deque()
+        for rewrite, data in waiting:
+            if rewrite.end_ns > until_ns:
+                self._waiting.append((rewrite, data))
+                continue
+            began = self._over.get(id(rewrite), self._runs.began_ns(rewrite))
+            for commit in commits_of(rewrite, data, began):
+                self._commits += 1
+                self._correlator.commit(commit)
+        # Not before the runs' own transactions: those of a run that failed later are none that it made true.
+        for sync in self._failed:
+            run = failed_run(sync.dataplane, sync.family, sync.writer, sync.begin_ns, sync.end_ns)
+            if run is not None:
+                self._correlator.commit(run)
+        self._over.clear()
+        self._failed.clear()
+        if until_ns - self._ticked_ns >= TICK_NS:
+            self._ticked_ns = until_ns
+            self._correlator.tick(until_ns, self._runs.running().get(KUBE_PROXY))
+            self._publish()
+
+    def _take(self, result: Result) -> None:
+        self._counts.add(result, self._record(result))
+        self._recent.add(result)
+        self._totals[result.fate] += 1
+        if result.attribution is not None:
+            self._totals[result.attribution] += 1
+
+    def _publish(self) -> None:
+        self._pending = self._correlator.ages()
+        self._counts.publish(self._pending)
+
+    def losses(self) -> Mapping[tuple[str, str], int]:
+        """What was forgotten by (signal, reason), all reasons from the start."""
+        return {(self.name, "rewrite_forgotten"): self._forgotten}
+
+    def status(self, *, names: bool) -> Mapping[str, object]:
+        """What /status shows of it."""
+        now, pending, totals = self._clock(), self._pending, self._totals.copy()
+        oldest = [each.oldest_ns for each in pending.values() if each.count]
+        section = {
+            "pending": sum(each.count for each in pending.values()),
+            "oldest pending seconds": round((now - min(oldest)) / 1e9, 3) if oldest else 0.0,
+            **{name: totals[name] for name in ("programmed", "early", "superseded", "unmeasured")},
+            "by the transaction's bytes (exact)": totals["exact"],
+            "by time (inferred)": totals["inferred"],
+            "commits of kube-proxy": self._commits,
+        }
+        return {"programming": section, "changes": self._recent.rows(names=names)}
+
+    def explain(self, namespace: str, name: str) -> Mapping[str, object]:
+        """What is known of one Service: its last changes."""
+        return {"changes": self._recent.rows(names=True, of=(namespace, name))}
+
+    def describe(self) -> Sequence[MetricSpec]:
+        """See `Source`."""
+        return SPECS
+
+    def families(self) -> Iterable[MetricFamily]:
+        """See `Source`."""
+        return self._counts.families(self._clock())
+
+    def states(self) -> Sequence[MechanismState]:
+        """See `Source`."""
+        row = MechanismState(self.name, "watch", State.ACTIVE)
+        oldest = [each.oldest_ns for each in self._pending.values() if each.count]
+        if not self._listed():
+            reason, detail = "starting", "Services, EndpointSlices and this node are not all listed yet"
+        elif not self._commits and oldest and self._clock() - min(oldest) > ABSENT_NS:
+            reason, detail = (
+                "no_kube_proxy",
+                "changes are pending, and kube-proxy was never seen to commit here",
+            )
+        elif not self._node:
+            reason = "no_node_name"
+            detail = "without --node-name no endpoint counts as local, and this node has no zone"
+        else:
+            return [row]
+        return [replace(row, state=State.DEGRADED, reason=reason, detail=detail)]

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The installed daemon's phases of rewrites on each kernel, in /metrics, against the same daemon's system calls."""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from kptrace.experiments.daemon_process import DaemonProcess, DaemonRequest, default_command
+from kptrace.experiments.netns import Namespace
+from kptrace.experiments.scrape import Scrape, fetch
+from tests.vm.test_rewrite_phases import LEGACY, NEAR, RULES, TABLE, needs_legacy, rules
+
+PHASE, REWRITE = "kptrace_rewrite_phase_duration_seconds", "kptrace_rewrite_duration_seconds"
+NO_SERVICES = '{"apiVersion": "v1", "kind": "List", "items": []}'
+_SECONDS = 200.0
+
+pytestmark = [pytest.mark.promised("rewrite_phases", "kprobe"), pytest.mark.promised("rewrite", "tracepoint")]
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Namespace]:
+    """One namespace for all tests of this file: to start the daemon takes a minute."""
+    subprocess.run(["modprobe", "-a", "nf_tables", "nft_compat", "ip_tables"], check=True)
+    with Namespace("phases") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def daemon(node: Namespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """The image's daemon, once its phases are measured; it never writes a traceback."""
+    folder = tmp_path_factory.mktemp("daemon")
+    (folder / "none.json").write_text(NO_SERVICES)
+    request = DaemonRequest(node.path, folder / "none.json", folder / "ready")
+    argv = ["kptrace", *default_command(request)[3:]]
+    with DaemonProcess(argv, request.ready_file, folder / "log", ready_seconds=_SECONDS) as process:
+        ends = time.monotonic() + _SECONDS
+        while not in_use(process):
+            assert time.monotonic() < ends, status(process)
+            time.sleep(0.5)
+        print(status(process))
+        yield process
+    assert "Traceback" not in (folder / "log").read_text()
+
+
+def status(process: DaemonProcess) -> dict[str, dict[str, str]]:
+    """What /status says of each mechanism of the phases."""
+    document = json.loads(fetch(process.port, "/status?format=json")[1])
+    return {row["mechanism"]: row for row in document["signals"] if row["signal"] == "rewrite_phases"}
+
+
+def in_use(process: DaemonProcess) -> list[str]:
+    """The mechanisms that measure."""
+    rows = status(process).items()
+    return [mechanism for mechanism, row in rows if row["state"] in {"active", "degraded"}]
+
+
+def seconds(scrape: Scrape, before: Scrape, name: str, **labels: str) -> float:
+    """What a histogram's sum gained."""
+    return scrape.total(f"{name}_sum", **labels) - before.total(f"{name}_sum", **labels)
+
+
+def count(scrape: Scrape, before: Scrape, name: str, **labels: str) -> int:
+    """What a histogram's count gained."""
+    return scrape.distribution(name, **labels).count - before.distribution(name, **labels).count
+
+
+def write(
+    daemon: DaemonProcess, node: Namespace, argv: list[str], text: str, phase: str
+) -> tuple[Scrape, Scrape]:
+    """The scrapes before and after one transaction, whose last phase is there in the second."""
+    before = daemon.scrape()
+    # A transaction that is to fail has its exit code shown by its outcome.
+    node.call(lambda: subprocess.run(argv, input=text, text=True, capture_output=True, check=False))
+    after = daemon.scrape_until(
+        lambda now: count(now, before, PHASE, phase=phase) > 0 and count(now, before, REWRITE) > 0,
+        seconds=_SECONDS,
+    )
+    return before, after
+
+
+def near(after: Scrape, before: Scrape, plane: str, *phases: str) -> None:
+    """The phases lie within the system call, and fill it but for a tenth."""
+    whole = seconds(after, before, REWRITE, dataplane=plane)
+    parts = {phase: seconds(after, before, PHASE, dataplane=plane, phase=phase) for phase in phases}
+    print(f"{plane}: the call {whole:.6f} s, {parts}: {sum(parts.values()) / whole:.3f}")
+    assert (1 - NEAR) * whole <= sum(parts.values()) <= whole
+    assert min(parts.values()) > 0
+
+
+def test_exactly_one_mechanism_measures(daemon: DaemonProcess) -> None:
+    """It is fentry where that works, kprobes elsewhere, and the other's row says why it is not."""
+    rows = status(daemon)
+    (used,) = in_use(daemon)
+    (other,) = rows.keys() - {used}
+    assert "attached: " in rows[used]["detail"]
+    assert "nf_tables_commit" in rows[used]["detail"]
+    assert rows[other]["state"] in {"off", "unavailable"}
+    assert rows[other]["reason"] and rows[other]["detail"]
+    is_module = Path("/sys/module/nf_tables/initstate").exists()
+    pinned = rows[used]["detail"].partition("; pins ")[2].partition(";")[0].split(", ")
+    assert ("nf_tables" in pinned) is (used == "fentry" and is_module)
+
+
+@pytest.mark.timeout(900)
+def test_parse_and_commit_add_up_to_the_system_call(daemon: DaemonProcess, node: Namespace) -> None:
+    """Of a batch with 10,000 rules parse and commit are the call's duration within a tenth."""
+    write(daemon, node, ["nft", "-f", "-"], TABLE, "commit")
+    before, after = write(daemon, node, ["nft", "-f", "-"], rules(), "commit")
+    assert count(after, before, REWRITE, outcome="committed") == 1
+    assert count(after, before, PHASE, phase="commit") == count(after, before, PHASE, phase="parse") == 1
+    assert count(after, before, PHASE, phase="abort") == 0
+    near(after, before, "nftables", "parse", "commit")
+
+
+@pytest.mark.timeout(900)
+def test_an_aborted_batch_shows_as_aborted(daemon: DaemonProcess, node: Namespace) -> None:
+    """A batch of 10,000 rules whose last is wrong has parse and abort, no commit, and they add up as well."""
+    write(daemon, node, ["nft", "-f", "-"], TABLE, "commit")
+    before, after = write(
+        daemon, node, ["nft", "-f", "-"], rules() + "add rule ip t nowhere accept\n", "abort"
+    )
+    assert count(after, before, REWRITE, outcome="failed") == 1
+    assert count(after, before, PHASE, phase="abort") == count(after, before, PHASE, phase="parse") == 1
+    assert count(after, before, PHASE, phase="commit") == 0
+    near(after, before, "nftables", "parse", "abort")
+
+
+@pytest.mark.timeout(900)
+def test_a_replaced_table_adds_up(
+    daemon: DaemonProcess, node: Namespace, lacking: Callable[[str], NoReturn]
+) -> None:
+    """Of a legacy table with 10,000 rules parse, replace and counters are the call's duration within a tenth."""
+    needs_legacy(lacking)
+    many = "".join(f"-A OUTPUT -d 10.0.{n // 256}.{n % 256} -j ACCEPT\n" for n in range(RULES))
+    text = LEGACY.replace("-A OUTPUT -j ACCEPT\n", many)
+    before, after = write(daemon, node, ["iptables-legacy-restore"], text, "counters")
+    assert count(after, before, PHASE, phase="replace") == 1
+    near(after, before, "iptables-legacy", "parse", "replace", "counters")
+
+
+def test_losses_are_exported(daemon: DaemonProcess) -> None:
+    """Every reason of a loss has a counter, and none of this was lost."""
+    scrape = daemon.scrape()
+    for reason in ("ring_full", "running_full", "recursion_miss", "kprobe_miss", "unpaired", "undecodable"):
+        assert scrape.lines("kptrace_events_lost_total", signal="rewrite_phases", reason=reason)
+    assert scrape.total("kptrace_events_lost_total", signal="rewrite_phases") == 0
