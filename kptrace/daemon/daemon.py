@@ -63,7 +63,7 @@ class Daemon:
             self._log.info("stopping")
 
     def _exporter(self, parts: Parts) -> Exporter:
-        own = SelfMetrics(parts.states, parts.losses, proxy=parts.proxy)
+        own = SelfMetrics(parts.states, parts.reports.losses, proxy=parts.reports.proxy)
 
         def sources() -> Sequence[Source]:
             return [*parts.sources, own]
@@ -78,7 +78,7 @@ class Daemon:
         return MetricsServer(
             listen_tcp(settings.address()),
             exporter,
-            StatusPage(parts.states, lambda: parts.sections(names=settings.status_names)),
+            StatusPage(parts.states, lambda: parts.reports.sections(names=settings.status_names)),
             lambda: parts.ready,
             tls,
         )

@@ -39,9 +39,9 @@ def open_local(path: Path, parts: Parts, exporter: Exporter) -> MetricsServer | 
     return MetricsServer(
         listener,
         exporter,
-        StatusPage(parts.states, lambda: parts.sections(names=True)),
+        StatusPage(parts.states, lambda: parts.reports.sections(names=True)),
         lambda: parts.ready,
-        documents=lambda asked: documents(parts.record, parts.explain, asked),
+        documents=lambda asked: documents(parts.reports.record, parts.reports.explain, asked),
         on_close=lambda: _remove(path),
     )
 

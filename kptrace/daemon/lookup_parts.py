@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lookup signal's mechanisms as parts of the daemon, in the order in which `auto` tries them."""
+"""The lookup signal's mechanisms as parts of the daemon, in the order in which `auto` tries them (docs/adr/0006)."""
 
 from collections.abc import Callable
 

@@ -15,27 +15,20 @@ from kptrace.daemon import (
     programming_parts,
     rewrite_parts,
 )
-from kptrace.daemon.explaining import explain_service
 from kptrace.daemon.late import LateParts, Listener
 from kptrace.daemon.loop import Loop
-from kptrace.daemon.part import Node, Part, Running, Shared
-from kptrace.daemon.recent import FlightRecorder
-from kptrace.daemon.settings import Settings, programming_off
+from kptrace.daemon.opening import open_node
+from kptrace.daemon.part import Part, Running
+from kptrace.daemon.reports import Reports
+from kptrace.daemon.settings import Settings
 from kptrace.daemon.unused import STARTING, Unused
-from kptrace.dataplanes.services_touched import index_of, services_touched
-from kptrace.dataplanes.told import Touched
-from kptrace.identity.resources import Level
-from kptrace.identity.source import Identity, IdentitySettings
 from kptrace.kernel.bytecode import Bytecode
 from kptrace.kernel.capabilities import Capability, effective_capabilities, missing_capabilities
 from kptrace.kernel.compile import Compiler
 from kptrace.kernel.features import TABLE, probe
 from kptrace.kernel.memlock import raise_memlock
-from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.errors import CompileError, KernelError, KptraceError, PrivilegeError, UnsupportedError
-from kptrace.model.rewrite import Rewrite
 from kptrace.model.signal import MechanismState, Source, State
-from kptrace.signals.clocks import unix_ns
 from kptrace.signals.mechanisms import SLOW_FEATURES, judge_all
 
 IDENTITY_POLL_SECONDS = 0.5
@@ -57,7 +50,13 @@ PARTS: tuple[Part, ...] = (
 
 
 class Parts:
-    """All sources of one daemon; `start` attaches them, `close` lets everything go."""
+    """All sources of one daemon; `start` attaches them, `close` lets everything go.
+
+    Attributes:
+        sources: of metrics.
+        reports: of those that run.
+        from_cache: whether nothing had to be compiled.
+    """
 
     def __init__(self, settings: Settings, loop: Loop, parts: Iterable[Part] = PARTS) -> None:
         """Open the namespace and the names: what a user may have got wrong is said before anything is attached.
@@ -70,26 +69,12 @@ class Parts:
         self._parts = tuple(parts)
         self._log = structlog.get_logger()
         self._stack = ExitStack()
-        netns = NetworkNamespace(settings.netns)
-        self._stack.callback(netns.close)
-        identity = Identity.open(
-            IdentitySettings(
-                level=Level(settings.identity),
-                file=settings.identity_file,
-                kubeconfig=settings.kubeconfig,
-                node=settings.node_name,
-                endpoint_slices=not programming_off(settings),
-                start_delay=settings.start_delay,
-            )
-        )
-        self._stack.callback(identity.close)
-        self._recorder = FlightRecorder(unix_ns, self._touches)
-        shared = Shared(recorder=self._recorder, written=[self._recorder.written])
-        self._node = Node(settings, loop, netns, identity, self._stack, shared)
+        self._node = open_node(settings, loop, self._stack)
         self._unused = Unused()
         self._running: list[Running] = []
+        self.reports = Reports(self._node, self._running)
         self._failures: list[KptraceError] = []
-        self.sources: list[Source] = [identity, self._unused]
+        self.sources: list[Source] = [self._node.identity, self._unused]
         self.from_cache = True
         self._started = False
 
@@ -101,42 +86,6 @@ class Parts:
     def states(self) -> list[MechanismState]:
         """Every mechanism's state."""
         return [state for source in self.sources for state in source.states()]
-
-    def proxy(self) -> tuple[str, str]:
-        """kube-proxy's mode and version, as it says itself; empty where nobody asks it."""
-        return self._node.shared.proxy()
-
-    def losses(self) -> Mapping[tuple[str, str], int]:
-        """Lost events by signal and reason."""
-        totals = {("daemon", "callback_failed"): self._loop.failures}
-        for source in self._running:
-            totals.update(source.losses())
-        return totals
-
-    def _touches(self, rewrite: Rewrite, data: bytes) -> Touched:
-        """The Service ports that a transaction writes: for a record, which is rare."""
-        index = index_of(self._node.identity.snapshot())
-        return services_touched(rewrite.dataplane, data, rewrite.size, index)
-
-    def sections(self, *, names: bool) -> Mapping[str, object]:
-        """What /status shows besides the states; names of services and pods only where `names`."""
-        losses = {f"{signal}/{reason}": count for (signal, reason), count in self.losses().items()}
-        sections: dict[str, object] = {
-            "netns": str(self._settings.netns or "own"),
-            "compiled from cache": self.from_cache,
-        }
-        for source in self._running:
-            sections.update(source.status(names=names))
-        return {**sections, "records": self._recorder.rows(names=names), "losses": losses}
-
-    def record(self, number: str) -> Mapping[str, object] | None:
-        """One record of the flight recorder, with names; None if there is none of this number."""
-        return self._recorder.row(number)
-
-    def explain(self, namespace: str, name: str) -> Mapping[str, object] | None:
-        """All that is known of a Service, with names; None if nobody knows it."""
-        snapshot = self._node.identity.snapshot()
-        return explain_service((namespace, name), snapshot, self._recorder, self._node.shared.explain)
 
     def start(self) -> None:
         """Compile, attach and begin; names from a file are known when this returns.

@@ -90,10 +90,10 @@ def test_nothing_waits_for_a_late_part(story: Story) -> None:
     story.parts.start()
     assert story.parts.ready
     assert (story.row(FENTRY).state, story.row(FENTRY).reason) == (State.OFF, "starting")
-    assert ("rewrite_phases", "ring_full") not in story.parts.losses()
+    assert ("rewrite_phases", "ring_full") not in story.parts.reports.losses()
     story.may_start.set()
     story.run_until(lambda: story.row(FENTRY).state is State.ACTIVE)
-    assert story.parts.losses()["rewrite_phases", "ring_full"] == 7
+    assert story.parts.reports.losses()["rewrite_phases", "ring_full"] == 7
     assert (story.row(KPROBE).state, story.row(KPROBE).reason) == (State.OFF, "not_needed")
     assert story.row(KPROBE).detail == "fentry is in use"
     assert "start kprobe" not in story.bench.events

@@ -125,7 +125,7 @@ def test_the_first_alternative_that_works_is_taken(bench: Bench, start: Callable
     assert bench.events == ["compile bracket tracepoint", "start bracket", "start tracepoint"]
     assert parts.ready
     assert row(parts, BRACKET).state is State.ACTIVE
-    assert parts.losses() == {
+    assert parts.reports.losses() == {
         ("daemon", "callback_failed"): 0, ("lookup", "ring_full"): 7, ("rewrite", "ring_full"): 7
     }  # fmt: skip
 
@@ -182,7 +182,7 @@ def test_a_daemon_that_can_measure_nothing_does_not_start(bench: Bench, start: C
 @pytest.mark.parametrize("allowed", [True, False])
 def test_names_are_shown_only_where_allowed(bench: Bench, start: Callable[..., Parts], allowed: bool) -> None:
     """Every running signal has its sections in /status, and hears whether it may show names."""
-    sections = start(three(bench), status_names=allowed).sections(names=allowed)
+    sections = start(three(bench), status_names=allowed).reports.sections(names=allowed)
     assert sections["lookup names"] is sections["rewrite names"] is allowed
     assert sections["losses"] == {"daemon/callback_failed": 0, "lookup/ring_full": 7, "rewrite/ring_full": 7}
 
