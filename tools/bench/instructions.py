@@ -65,7 +65,8 @@ def _guest() -> list[str]:
         KERNEL,
         "--",
     ]
-    inside = "uname -r >/out/release.txt && /opt/kptrace/bin/python /out/guest.py /out/loops"
+    # Not in the working tree: the installed kptrace is measured.
+    inside = "uname -r >/out/release.txt && cd / && /opt/kptrace/bin/python /out/guest.py /out/loops"
     lines = []
     with subprocess.Popen([*command, inside], stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
