@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -22,6 +23,7 @@ from kptrace.model.errors import KptraceError
 RULES = 1000
 PACKETS = 4000
 ROUNDS = 5
+SETTLE_SECONDS, QUIET_SECONDS = 120.0, 2.0
 ADDRESSES = [f"192.0.{n >> 8}.{n & 255}" for n in range(RULES)]
 NFT = "".join(f"ip daddr {address} drop\n" for address in ADDRESSES)
 LEGACY = "".join(f"-A OUTPUT -d {address} -j DROP\n" for address in ADDRESSES)
@@ -81,6 +83,22 @@ class Spinner:
         self._process.wait()
 
 
+def settle(pid: int) -> None:
+    """Wait until a process has used hardly any CPU for a while: it shares the one CPU, and probes on after it is ready."""
+    ends = time.monotonic() + SETTLE_SECONDS
+    while time.monotonic() < ends:
+        before = _ticks(pid)
+        time.sleep(QUIET_SECONDS)
+        if _ticks(pid) - before <= QUIET_SECONDS:  # one of the hundred ticks of each second
+            return
+    raise KptraceError("the daemon does not come to rest")
+
+
+def _ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
 @contextmanager
 def daemon(
     namespace: Namespace, folder: Path, labels: dict[str, str], options: tuple[str, ...]
@@ -92,6 +110,7 @@ def daemon(
     argv = [*default_command(request), "--cache-dir", str(folder / "cache"), "--no-rewrites"]
     argv += ["--overhead-budget", "off", *options]
     with DaemonProcess(argv, request.ready_file, folder / "log", ready_seconds=600) as process:
+        settle(process.pid)
 
         def counts() -> tuple[int, int]:
             scrape = process.scrape()
