@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernel side of the rewrite signal: its maps, its syscall tracepoints, and the ring that records come through."""
 
-import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kptrace.kernel.attach import attach_tracepoint
-from kptrace.kernel.bytecode import Bytecode, link
+from kptrace.kernel.bytecode import Bytecode
 from kptrace.kernel.compile import Request
-from kptrace.kernel.events import RingBuffer
-from kptrace.kernel.load import ProgramType, load_program
-from kptrace.kernel.maps import Map
-from kptrace.kernel.tracefs import Tracefs
-from kptrace.signals.task_facts import TASK_FACTS, kfuncs
+from kptrace.signals.task_facts import TASK_FACTS
+from kptrace.signals.tracepoints import TracepointPrograms
 
 REQUEST = Request(
     "rewrite.bpf.c",
@@ -48,7 +43,6 @@ _SYSCALLS = {
 _STARTED = struct.Struct("=5Q6I")
 _KEY = struct.Struct("=Q")
 LOST_REASONS = ("ring_full", "running_full", "unreadable")
-_LOST = struct.Struct(f"={len(LOST_REASONS)}Q")
 _UNSURE = 1
 
 
@@ -63,27 +57,14 @@ class Running:
     netns: int
 
 
-class RewriteKernel:
-    """Maps and programs in the kernel; everything goes away with `close`, or with the process."""
+class RewriteKernel(TracepointPrograms):
+    """See `TracepointPrograms`."""
 
     def __init__(self, bytecode: Bytecode, on_record: Callable[[bytes], None]) -> None:
         """Make the maps; nothing is attached yet. `on_record` gets every record from `consume`."""
-        self._code = bytecode
-        self._maps = {name: Map(spec) for name, spec in bytecode.maps.items()}
-        self._fds = {name: each.fd for name, each in self._maps.items()}
-        self._attached: list[int] = []
-        self._ring = RingBuffer(self._fds["events"], on_record)
-        self._closed = False
-
-    @property
-    def knows_generation(self) -> bool:
-        """Whether records carry the ruleset's generation itself, not only whether it moved."""
-        return "KPT_NET_BASE_SEQ" in self._code.values
-
-    @property
-    def fd(self) -> int:
-        """Becomes readable when a rewrite waits."""
-        return self._ring.fd
+        super().__init__(bytecode, "events", LOST_REASONS, on_record)
+        #: Whether records carry the ruleset's generation itself, not only whether it moved.
+        self.knows_generation = "KPT_NET_BASE_SEQ" in bytecode.values
 
     def attach(self, sys_root: Path = Path("/sys")) -> None:
         """Load and attach all programs.
@@ -92,35 +73,16 @@ class RewriteKernel:
             PrivilegeError, KernelError: the kernel refuses them.
             UnsupportedError: it has no syscall tracepoints.
         """
-        tracefs = Tracefs(sys_root)
-        programs: dict[str, int] = {}
-        try:
-            for name in ("exit_rewrite", *dict.fromkeys(_SYSCALLS.values())):
-                programs[name] = self._load(name, ProgramType.TRACEPOINT)
+        with self.attaching(sys_root) as attaching:
             # Exits first: no entry is ever left without one.
             for call in _SYSCALLS:
-                self._hook(programs["exit_rewrite"], tracefs, f"sys_exit_{call}")
+                attaching.syscall("exit_rewrite", f"sys_exit_{call}")
             for call, program in _SYSCALLS.items():
-                self._hook(programs[program], tracefs, f"sys_enter_{call}")
-        finally:
-            tracefs.close()
-            for fd in programs.values():
-                os.close(fd)
-
-    def _load(self, name: str, kind: ProgramType) -> int:
-        code = link(self._code.functions[name], map_fds=self._fds, kfuncs=kfuncs(self._code.values))
-        return load_program(name, code, kind)
-
-    def _hook(self, program: int, tracefs: Tracefs, name: str) -> None:
-        self._attached.append(attach_tracepoint(program, tracefs, "syscalls", name))
-
-    def consume(self) -> int:
-        """Hand waiting records to the receiver; return how many."""
-        return 0 if self._closed else self._ring.consume()
+                attaching.syscall(program, f"sys_enter_{call}")
 
     def running(self) -> Iterator[Running]:
         """Transactions that are under way now. Safe on any thread until `close`."""
-        running = self._maps["running"]
+        running = self.maps["running"]
         for key in running.keys():  # noqa: SIM118  (a BPF map is no dict)
             value = running.lookup(key)
             if value is not None:
@@ -131,19 +93,4 @@ class RewriteKernel:
 
     def forget(self, run: Running) -> None:
         """Remove a transaction whose thread is gone."""
-        self._maps["running"].delete(_KEY.pack(run.tgid << 32 | run.tid))
-
-    def losses(self) -> Mapping[str, int]:
-        """Records that never came, by reason."""
-        return dict(zip(LOST_REASONS, _LOST.unpack_from(self._maps["lost"].memory()), strict=True))
-
-    def close(self) -> None:
-        """Detach and free. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        while self._attached:
-            os.close(self._attached.pop())
-        self._ring.close()
-        for each in self._maps.values():
-            each.close()
+        self.maps["running"].delete(_KEY.pack(run.tgid << 32 | run.tid))
