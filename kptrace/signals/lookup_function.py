@@ -32,9 +32,9 @@ from kptrace.signals.lookup_function_kernel import FunctionKernel, Mechanism
 from kptrace.signals.lookup_function_places import bounded
 from kptrace.signals.lookup_govern import Costs, OverheadGovernor
 
-#: Estimates from guest instructions (docs/overhead.md).
+#: Guest instructions (docs/overhead.md), two a nanosecond as the bracket's take where both were measured.
 COSTS: Final[Mapping[Mechanism, Costs]] = MappingProxyType(
-    {"fentry": Costs(250.0, 90.0), "kprobe": Costs(1500.0, 1000.0)}
+    {"fentry": Costs(490.0, 215.0), "kprobe": Costs(1180.0, 590.0)}
 )
 FOLLOW_SECONDS = 1.0
 GOVERN_SECONDS = 1.0
