@@ -26,7 +26,8 @@ SAMPLING_SPEC = MetricSpec(
 OVERHEAD_SPEC = MetricSpec(
     "kptrace_overhead_ratio",
     "gauge",
-    "Share of one core that the signal's programs cost, as estimated from packet rates.",
+    "Share of one core that the signal's programs cost, estimated from packet rates and the costs in docs/overhead.md. Of"
+    " brackets: beyond what two netfilter programs cost that do nothing.",
     ("signal",),
 )
 BUDGET_SPEC = MetricSpec(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order in which `auto` tries the mechanisms of look-ups is that of the figures in docs/overhead.md."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -25,6 +26,6 @@ def test_auto_tries_the_cheapest_first() -> None:
     found = costs()
     order = [part.mechanism for part in PARTS if part.signal == "lookup"]
     assert found.keys() == set(order)
-    for first, second in zip(order, order[1:], strict=False):
+    for first, second in itertools.pairwise(order):
         assert len(found[first]) == len(found[second]) == 4
         assert sum(found[first]) < sum(found[second]), found
