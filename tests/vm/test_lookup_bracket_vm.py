@@ -184,7 +184,7 @@ def test_a_flood_that_is_preempted_pairs_right(
     The opening says whether a packet is tracked, the end whether it was dropped: of the flood's packets all are tracked
     and accepted, of the urgent ones none.
     """
-    packets, processes = 7_000, 3
+    packets, processes = 14_000, 3
     nft(
         namespace,
         "table ip t {\n chain r {\n  type filter hook output priority -300;\n  counter\n"
