@@ -22,6 +22,7 @@ Object = dict[str, Any]
 #: Beyond this many connections the API server's two cores are the limit, not the waiting for its answers.
 _WORKERS = 12
 _TIMEOUT_SECONDS = 30.0
+_DELETED_AT_A_TIME = 500
 _CLOSED = (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 _PLURALS = {"EndpointSlice": "endpointslices", "Ingress": "ingresses", "ServiceCIDR": "servicecidrs"}
 _CLUSTER_KINDS = ("ClusterRole", "ClusterRoleBinding", "Namespace", "Node")
@@ -176,8 +177,10 @@ class Client:
         self.request("DELETE", path_of(obj))
 
     def delete_all(self, api_version: str, kind: str, namespace: str) -> None:
-        """Remove all objects of a kind in a namespace."""
-        self.request("DELETE", collection(api_version, kind, namespace), query={"gracePeriodSeconds": "0"})
+        """Remove all objects of a kind in a namespace, some at a time: thousands take longer than one request may."""
+        query = {"gracePeriodSeconds": "0", "limit": str(_DELETED_AT_A_TIME)}
+        while self.request("DELETE", collection(api_version, kind, namespace), query=query).get("items"):
+            continue
 
     def create_all(self, objects: Iterable[Object]) -> list[Object]:
         """Create objects, many at a time and begun in this order; returns them in it."""
