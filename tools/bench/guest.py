@@ -55,7 +55,8 @@ BPFTRACE = (
 )
 LOOKUPS, UNPAIRED = "kptrace_lookup_duration_seconds", "kptrace_lookup_unpaired_total"
 
-Counts = Callable[[], tuple[int, int] | None]
+#: Samples, their sum in ns, and packets that were lost, up to now; None where the way does not tell.
+Counts = Callable[[], tuple[int, float, int] | None]
 
 
 class Spinner:
@@ -112,9 +113,10 @@ def daemon(
     with DaemonProcess(argv, request.ready_file, folder / "log", ready_seconds=600) as process:
         settle(process.pid)
 
-        def counts() -> tuple[int, int]:
+        def counts() -> tuple[int, float, int]:
             scrape = process.scrape()
-            return scrape.distribution(LOOKUPS, **labels).count, int(scrape.total(UNPAIRED))
+            spent = scrape.total(f"{LOOKUPS}_sum", **labels) * 1e9
+            return scrape.distribution(LOOKUPS, **labels).count, spent, int(scrape.total(UNPAIRED))
 
         yield counts
 
@@ -151,7 +153,8 @@ def measure(plane: str, loops: str, folder: Path, spinner: Spinner) -> None:
                 with way() as counts:
                     row["instructions"] = min(flood(namespace, loops, spinner) for _ in range(ROUNDS))
                     if (counted := counts()) is not None:
-                        row["timed"], row["lost"] = counted
+                        row["timed"], spent, row["lost"] = counted
+                        row["mean"] = spent / counted[0] if counted[0] else None
             except KptraceError as error:
                 row["error"] = str(error)
             print(f"instructions: {json.dumps(row)}", flush=True)

@@ -47,7 +47,7 @@ def test_the_page_that_is_there_keeps_its_figures(page: ModuleType) -> None:
     assert not [line for line in lost if line not in old]
 
 
-def row(plane: str, way: str, value: float, **more: int) -> str:
+def row(plane: str, way: str, value: float, **more: float) -> str:
     """A line as the test machine prints it."""
     return "instructions: " + json.dumps(
         {"plane": plane, "way": way, "sent": 20_000, "instructions": value, **more}
@@ -69,6 +69,17 @@ def test_figures_are_above_nothing_and_by_walk(instructions: ModuleType) -> None
     assert "| bracket, every packet | + 1,000 | 2 | + 500 | <= 600 | 20,000 | 40,000 | 0 |" in text
     assert "| bracket, 1/64 | + 100 | 2 | + 50 |  | 20,000 | 625 | 0 |" in text
     assert "| bpftrace, kprobe pair | + 2,600 | 2 | + 1,300 |  | 20,000 |  |  |" in text
+
+
+def test_means_may_differ_by_what_the_tracers_cost(instructions: ModuleType) -> None:
+    """Of the same packets by bracket and by fentry: half the tracers' cost is the budget, of which --check allows twice."""
+    lines = [
+        row("nftables", "nothing", 9000.0),
+        row("nftables", "bracket, every packet", 9600.0, timed=20_000, lost=0, mean=4_000.0),
+        row("nftables", "fentry, every packet", 10_000.0, timed=20_000, lost=0, mean=4_900.0),
+    ]
+    *_, apart = instructions.figures([instructions.read(line) for line in lines])
+    assert (apart.value, apart.budget) == (900.0, 800.0)
 
 
 def test_a_way_that_does_not_work_is_no_figure(instructions: ModuleType) -> None:
