@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The flight recorder: the last slow or failed syncs and the slowest changes, each with all that is known of it."""
 
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Final
@@ -22,11 +22,17 @@ MAX_COMMITS: Final = 32
 MAX_SERVICES: Final = 32
 #: Copies of transactions that are kept until their sync is over.
 MAX_WRITTEN: Final = 64
-#: Instead of names: any Service may have been touched, the bytes do not tell.
+#: To name Services costs an index of all of them: so many records are named in so long, since a writer may fail in a loop.
+MAX_NAMED: Final = 5
+NAMED_WITHIN_NS: Final = 10_000_000_000
+#: Instead of names: any Service may have been touched, the bytes do not tell or were not asked.
 ANY: Final = "~any"
 
 SYNC_LIMITS: Final = Limits(least_ns=50_000_000, always_ns=5_000_000_000)
 CHANGE_LIMITS: Final = Limits(least_ns=1_000_000_000, always_ns=10_000_000_000)
+
+#: A transaction with the copy of its bytes.
+Written = tuple[Rewrite, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +67,26 @@ class FlightRecorder:
     def __init__(
         self,
         unix_ns: Callable[[int], int],
-        touches: Callable[[Rewrite, bytes], Touched] = lambda _rewrite, _data: EVERYTHING,
+        touches: Callable[[Sequence[Written]], Touched] = lambda _written: EVERYTHING,
         limit: int = LIMIT,
     ) -> None:
         """Nothing is recorded.
 
         Args:
             unix_ns: makes nanoseconds since 1970 of CLOCK_MONOTONIC nanoseconds.
-            touches: the Service ports that a transaction writes, from the copy of its bytes; asked of records only.
-            limit: records kept; the oldest goes first.
+            touches: the Service ports that a record's transactions write, from their bytes.
+            limit: records kept; then the oldest of those goes that there are most of, so that one writer that fails in
+                a loop does not push out what others did.
         """
         self._unix_ns = unix_ns
         self._numbers = count(1)
-        self._records: deque[Record] = deque(maxlen=limit)
+        self._limit = limit
+        self._records: list[tuple[Hashable, Record]] = []
         self._syncs = Outliers(SYNC_LIMITS)
         self._changes = Outliers(CHANGE_LIMITS)
         self._touches = touches
-        self._written: deque[tuple[Rewrite, bytes]] = deque(maxlen=MAX_WRITTEN)
+        self._written: deque[Written] = deque(maxlen=MAX_WRITTEN)
+        self._named_ns: deque[int] = deque(maxlen=MAX_NAMED)
 
     def written(self, rewrite: Rewrite, data: bytes) -> None:
         """A transaction with the copy of its bytes, before its sync is over."""
@@ -104,7 +113,8 @@ class FlightRecorder:
             "phases": {phase.value: _ms(took) for phase, took in sync.phases.items()},
             "transactions": [_commit(sync, each) for each in sync.commits[:MAX_COMMITS]],
         }
-        return self._add("sync", "failed" if failed else "slow", sync.end_ns, fields, services)
+        record = self._record("sync", "failed" if failed else "slow", sync.end_ns, fields, services)
+        return self._keep(lane, record)
 
     def change(self, result: Result) -> str:
         """Record a change that took long to reach the kernel; returns the record's id, or nothing."""
@@ -126,32 +136,42 @@ class FlightRecorder:
             "run began ms after": _ms(commit.run_begin_ns - change.received_ns),
             "commit began ms after": _ms(commit.begin_ns - change.received_ns),
         }
-        return self._add("change", "slow", commit.end_ns, fields, (_name(change.port),))
+        return self._keep(lane, self._record("change", "slow", commit.end_ns, fields, (_name(change.port),)))
 
     def rows(self, *, names: bool) -> list[dict[str, object]]:
         """All records as JSON values, the newest first."""
-        return [record.row(names=names) for record in reversed(tuple(self._records))]
+        return [record.row(names=names) for _, record in reversed(tuple(self._records))]
 
     def row(self, number: str) -> dict[str, object] | None:
         """One record with names; None if there is none of this id, or no longer."""
-        return next((each.row(names=True) for each in tuple(self._records) if each.id == number), None)
+        return next((each.row(names=True) for _, each in tuple(self._records) if each.id == number), None)
 
     def _services(self, sync: Sync) -> tuple[str, ...]:
         commits = {id(commit) for commit in sync.commits}
-        found: set[str] = set()
-        for rewrite, data in self._written:
-            ports = self._touches(rewrite, data) if id(rewrite) in commits else frozenset()
-            if ports is EVERYTHING:
-                return (ANY,)
-            found.update(map(_name, ports))
-        names = sorted(found)
+        written = [each for each in self._written if id(each[0]) in commits]
+        if not written:
+            return ()
+        named = self._named_ns
+        if len(named) == named.maxlen and sync.end_ns - named[0] < NAMED_WITHIN_NS:
+            return (ANY,)
+        named.append(sync.end_ns)
+        ports = self._touches(written)
+        if ports is EVERYTHING:
+            return (ANY,)
+        names = sorted(map(_name, ports))
         return (*names[:MAX_SERVICES], *((OTHER,) if len(names) > MAX_SERVICES else ()))
 
-    def _add(
+    def _record(
         self, kind: str, why: str, at_ns: int, fields: Mapping[str, object], services: tuple[str, ...]
-    ) -> str:
-        record = Record(str(next(self._numbers)), kind, why, self._unix(at_ns), fields, services)
-        self._records.append(record)
+    ) -> Record:
+        return Record(str(next(self._numbers)), kind, why, self._unix(at_ns), fields, services)
+
+    def _keep(self, lane: Hashable, record: Record) -> str:
+        lanes = [lane for lane, _ in self._records]
+        if len(lanes) == self._limit:
+            ((crowd, _),) = Counter(lanes).most_common(1)
+            del self._records[lanes.index(crowd)]
+        self._records.append((lane, record))
         return record.id
 
     def _unix(self, at_ns: int) -> float:

@@ -1,22 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drift signal: reads kube-proxy's rules back now and then, and compares them with what the API wants.
+"""The drift signal: compares what kube-proxy's rules lead to with what the API wants, as often as they are read back.
 
-Reading takes a while and asks the kernel thousands of small questions, so it has a thread of its own that rests most of the
-time; comparing needs the names, which belong to the loop's thread, and goes in slices.
+Comparing needs the names, which belong to the loop's thread, and goes in slices.
 """
 
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, Protocol
 
-import structlog
-
-from kptrace.dataplanes.installed_services import Installed, read_installed
-from kptrace.dataplanes.nftables.dump import open_channel
-from kptrace.dataplanes.nftables.netlink import NetlinkError
-from kptrace.dataplanes.nftables.service_dump import ServiceDump
+from kptrace.dataplanes.installed_services import Installed
 from kptrace.identity.eligible import Wanted
 from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.identity import ServicePort
@@ -24,6 +18,7 @@ from kptrace.model.metrics import MetricFamily, MetricSpec, Sample
 from kptrace.model.netfilter import IpFamily
 from kptrace.model.signal import MechanismState, State
 from kptrace.signals.drift import Drift, DriftTracker, differences, summary
+from kptrace.signals.drift_reader import DriftReader
 
 SPEC: Final = MetricSpec(
     "kptrace_service_drift",
@@ -41,11 +36,6 @@ READINGS: Final = MetricSpec(
 #: How long a difference must last, and how many readings there are in that time at most.
 AFTER_SECONDS: Final = 60.0
 READINGS_WITHIN: Final = 2
-#: One may cost this share of a core.
-COST_SHARE: Final = 0.005
-#: After each so many steps of a reading, a rest.
-STEPS: Final = 32
-REST_SECONDS: Final = 0.005
 #: Services compared at a time, and the pause between.
 SLICE: Final = 64
 PAUSE_SECONDS: Final = 0.01
@@ -105,97 +95,62 @@ class DriftSignal:
             after_seconds: how long a difference must last.
             clock: CLOCK_MONOTONIC, ns.
         """
-        self._netns = netns
         self._names = names
         self._loop = loop
-        self._least = after_seconds / READINGS_WITHIN
         self._clock = clock
-        self._log = structlog.get_logger(signal=self.name)
+        self._reader = DriftReader(netns, self._deliver, after_seconds / READINGS_WITHIN, clock)
         self._trackers = {family: DriftTracker(family, round(after_seconds * 1e9)) for family in IpFamily}
-        self._closing = threading.Event()
-        self._compared = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kptrace-drift", daemon=True)
         self._drifts: Mapping[IpFamily, tuple[Drift, ...]] = MappingProxyType({})
         self._planes: Mapping[IpFamily, str] = MappingProxyType({})
-        self._readings = {"compared": 0, "nothing_installed": 0, "interrupted": 0}
-        self._trouble = ""
+        self._readings = {"compared": 0, "nothing_installed": 0, "failed": 0}
 
     def start(self) -> None:
         """Read now, and again for as long as the daemon lives."""
-        self._thread.start()
+        self._reader.start()
 
     def close(self) -> None:
-        """End the thread. Idempotent."""
-        self._closing.set()
-        self._compared.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        """Read no more. Idempotent."""
+        self._reader.close()
 
-    def _run(self) -> None:
-        while not self._closing.is_set():
-            begin, cost = self._clock(), time.thread_time()
-            installed = self._read()
-            cost = time.thread_time() - cost
-            if installed is not None:
-                self._compared.clear()
-                self._loop.call_soon_threadsafe(lambda read=installed, at=begin: self._compare(read, at))  # type: ignore[misc]  # a lambda's defaults have no types
-                self._compared.wait()
-            self._closing.wait(max(self._least, cost / COST_SHARE))
-
-    def _read(self) -> list[Installed] | None:
-        """What is installed, one for each family that has anything; None where it could not be read."""
-        try:
-            with self._netns.enter():
-                channel = open_channel()
-        except OSError as error:
-            self._fail(f"no netlink socket: {error.strerror}")
-            return None
-        found: list[Installed] = []
-        with channel:
-            try:
-                for family in IpFamily:
-                    found += self._gently(read_installed(ServiceDump(channel), family))
-            except NetlinkError as error:
-                self._fail(str(error))
-                return None
-        self._trouble = ""
-        return found
-
-    def _gently(self, steps: Iterator[Installed | None]) -> Iterable[Installed]:
-        for number, found in enumerate(steps):
-            if found is not None:
-                yield found
-            if number % STEPS == STEPS - 1 and self._closing.wait(REST_SECONDS):
-                return
-
-    def _fail(self, trouble: str) -> None:
-        self._trouble = trouble
-        self._readings["interrupted"] += 1
-        self._log.debug("drift_not_read", detail=trouble)
+    def _deliver(self, installed: Sequence[Installed], begin_ns: int) -> None:
+        self._loop.call_soon_threadsafe(lambda: self._compare(installed, begin_ns))
 
     def _compare(self, installed: Sequence[Installed], begin_ns: int) -> None:
         if not self._names.followed or not installed:
             self._readings["nothing_installed"] += not installed
             self._planes = MappingProxyType({})
             self._drifts = MappingProxyType({})
-            self._compared.set()
+            self._reader.go_on()
             return
-        names = iter(list(self._names.programmed()))
         by_family = {each.family: each for each in installed}
+        names = deque(self._names.programmed())
 
         def go_on() -> None:
-            for _ in range(SLICE):
-                name = next(names, None)
-                if name is None:
-                    self._finish(by_family)
-                    return
-                for (port, family), wanted in self._names.wanted(name).items():
-                    if family in by_family:
-                        found = differences(port, wanted.endpoints, by_family[family])
-                        self._trackers[family].note(port, found, begin_ns)
-            self._loop.call_later(PAUSE_SECONDS, go_on)
+            try:
+                for _ in range(min(SLICE, len(names))):
+                    self._note(names.popleft(), by_family, begin_ns)
+            except Exception:
+                self._abandon()
+                raise
+            if names:
+                self._loop.call_later(PAUSE_SECONDS, go_on)
+            else:
+                self._finish(by_family)
 
         go_on()
+
+    def _note(self, name: Name, by_family: Mapping[IpFamily, Installed], begin_ns: int) -> None:
+        for (port, family), wanted in self._names.wanted(name).items():
+            if family in by_family:
+                found = differences(port, wanted.endpoints, by_family[family])
+                self._trackers[family].note(port, found, begin_ns)
+
+    def _abandon(self) -> None:
+        """The comparison failed, which the loop logs and counts: the next reading is another chance."""
+        for tracker in self._trackers.values():
+            tracker.abandon()
+        self._readings["failed"] += 1
+        self._reader.go_on()
 
     def _finish(self, by_family: Mapping[IpFamily, Installed]) -> None:
         now, drifts = self._clock(), {}
@@ -206,7 +161,7 @@ class DriftSignal:
         self._drifts = MappingProxyType(drifts)
         self._planes = MappingProxyType({family: each.dataplane.value for family, each in by_family.items()})
         self._readings["compared"] += 1
-        self._compared.set()
+        self._reader.go_on()
 
     def losses(self) -> Mapping[tuple[str, str], int]:
         """None: what was not read is read again."""
@@ -242,13 +197,14 @@ class DriftSignal:
             Sample((plane, family.value), float(len(drifts.get(family, ()))))
             for family, plane in planes.items()
         ]
-        readings = [Sample((result,), float(count)) for result, count in self._readings.items()]
+        counts = {**self._readings, "interrupted": self._reader.interrupted}
+        readings = [Sample((result,), float(count)) for result, count in counts.items()]
         return MetricFamily(SPEC, found), MetricFamily(READINGS, readings)
 
     def states(self) -> Sequence[MechanismState]:
         """See `Source`."""
-        if self._trouble:
-            return [MechanismState(self.name, "netlink", State.DEGRADED, "not_read", self._trouble)]
+        if trouble := self._reader.trouble:
+            return [MechanismState(self.name, "netlink", State.DEGRADED, "not_read", trouble)]
         if not self._names.followed:
             detail = "Services, EndpointSlices and this node are not all listed yet"
             return [MechanismState(self.name, "netlink", State.DEGRADED, "starting", detail)]

@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The flight recorder: what is kept, with what, and for how long."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from kptrace.daemon.local import documents
-from kptrace.daemon.recent import ANY, LIMIT, MAX_SERVICES, FlightRecorder
+from kptrace.daemon.recent import (
+    ANY,
+    LIMIT,
+    MAX_NAMED,
+    MAX_SERVICES,
+    NAMED_WITHIN_NS,
+    FlightRecorder,
+    Written,
+)
 from kptrace.dataplanes.told import EVERYTHING, Touched
 from kptrace.model.identity import Protocol, ServicePort
 from kptrace.model.metrics import OTHER
@@ -33,7 +42,7 @@ def ports(number: int) -> frozenset[ServicePort]:
 
 def recorder(touches: Touched = frozenset()) -> FlightRecorder:
     """One for which every transaction touches the same."""
-    return FlightRecorder(lambda at: BOOT + at, lambda _rewrite, _data: touches)
+    return FlightRecorder(lambda at: BOOT + at, lambda _written: touches)
 
 
 def test_usual_runs_are_not_kept_and_slow_ones_are_with_what_is_usual() -> None:
@@ -96,6 +105,37 @@ def test_the_oldest_go_first() -> None:
     assert len(made.rows(names=True)) == LIMIT
     assert made.row(numbers[6]) is None
     assert made.row(numbers[7]) is not None
+
+
+def test_a_writer_that_fails_in_a_loop_pushes_only_its_own_records_out() -> None:
+    """The oldest record goes of the writer that has most of them."""
+    made = recorder()
+    number = made.sync(replace(sync(5, Outcome.FAILED), writer="other"))
+    last = [made.sync(sync(5, Outcome.FAILED)) for _ in range(3 * LIMIT)][-1]
+    assert made.row(number) is not None
+    assert made.row(last) is not None
+    assert len(made.rows(names=False)) == LIMIT
+
+
+def test_names_are_asked_for_a_few_records_at_a_time() -> None:
+    """Beyond those a record says that any Service may have been touched, until some time has passed."""
+    asked: list[Sequence[Written]] = []
+
+    def touches(written: Sequence[Written]) -> Touched:
+        asked.append(written)
+        return ports(1)
+
+    made = FlightRecorder(lambda at: BOOT + at, touches)
+    made.written(COMMIT, b"one")
+    made.written(COMMIT, b"two")
+    failed = sync(5, Outcome.FAILED, COMMIT)
+    for _ in range(MAX_NAMED + 2):
+        made.sync(failed)
+    made.sync(replace(failed, end_ns=failed.end_ns + NAMED_WITHIN_NS))
+    found = [row["services"] for row in reversed(made.rows(names=True))]
+    named = ["ns/s000:http/tcp"]
+    assert found == [*[named] * MAX_NAMED, [ANY], [ANY], named]
+    assert asked == [[(COMMIT, b"one"), (COMMIT, b"two")]] * (MAX_NAMED + 1)
 
 
 def test_a_record_is_a_document_of_its_own() -> None:
