@@ -11,23 +11,17 @@
  * another transaction ran meanwhile, and the error that the kernel queued on the sender's own socket before it returned.
  */
 #include <linux/types.h>
-#include <kptrace/rewrite.h>
+#include <kptrace/rewrite_copy.h>
+#include <kptrace/rewrite_socket.h>
 #include <kptrace/task.h>
 
 #define AF_INET 2
 #define AF_INET6 10
-#define AF_NETLINK 16
-#define NETLINK_NETFILTER 12
-#define NLMSG_ERROR 2
-#define BATCH_BEGIN 0x10
 #define SOL_IP 0
 #define SOL_IPV6 41
 #define SO_SET_REPLACE 64
-#define REPLACE_BYTES 92 /* struct ipt_replace up to num_counters, the same for both families */
 #define MAX_RUNNING 1024
 #define RING_PAGES 256
-#define VECTORS 4
-#define ANSWERS 16
 #define FORCE_WAKEUP 2
 
 BPF_F_TABLE("array", u32, struct flight, flight, 1, 0);
@@ -42,48 +36,6 @@ static __always_inline void lose(u32 kind)
 
 	if (value)
 		__sync_fetch_and_add(value, 1);
-}
-
-/* Moves with every commit in the socket's namespace: the generation itself, or (before v6.17) one bit of it. */
-static __always_inline u32 sequence_of(u64 sk)
-{
-	u64 net, sequence = 0;
-
-	KPT_FOLLOW(u64, net, sk, KPT_SOCK, KPT_SOCK_NET);
-#if defined(KPT_NET_BASE_SEQ)
-	KPT_FOLLOW(u32, sequence, net, KPT_NET, KPT_NET_BASE_SEQ);
-#elif defined(KPT_NET_GENCURSOR)
-	KPT_FOLLOW(u8, sequence, net, KPT_NET, KPT_NET_GENCURSOR);
-#endif
-	return sequence;
-}
-
-static __always_inline u32 netns_of(u64 sk)
-{
-	u64 net, inode;
-
-	KPT_FOLLOW(u64, net, sk, KPT_SOCK, KPT_SOCK_NET);
-	KPT_FOLLOW(u32, inode, net, KPT_NET, KPT_NET_INUM);
-	return inode;
-}
-
-static __always_inline u32 queued_on(u64 sk)
-{
-	u64 count;
-
-	KPT_FOLLOW(u32, count, sk, KPT_SOCK, KPT_SOCK_QUEUE_LENGTH);
-	return count;
-}
-
-static __always_inline int is_netfilter(u64 sk)
-{
-	u64 family, protocol;
-
-	KPT_FOLLOW(u16, family, sk, KPT_SOCK, KPT_SOCK_FAMILY);
-	if (family != AF_NETLINK)
-		return 0;
-	KPT_FOLLOW(u16, protocol, sk, KPT_SOCK, KPT_SOCK_PROTOCOL);
-	return protocol == NETLINK_NETFILTER;
 }
 
 static __always_inline void begin(struct started *started)
@@ -103,36 +55,6 @@ static __always_inline void begin(struct started *started)
 		return;
 	}
 	__sync_fetch_and_add(&all->running, 1);
-}
-
-/* 1: a batch, 0: something else, -1: its pages are not there yet, or the header is in pieces: look again at the exit. */
-static __always_inline int begins_batch(u64 base)
-{
-	struct {
-		u32 length;
-		u16 type;
-		u16 flags;
-	} header = {};
-
-	if (kpt_read_user(&header, sizeof(header), (void *)base))
-		return -1;
-	return header.type == BATCH_BEGIN;
-}
-
-static __always_inline int vector_begins_batch(u64 base, u64 count)
-{
-	struct user_vector vector = {};
-
-#pragma unroll
-	for (int i = 0; i < VECTORS; i++) {
-		if (i >= count)
-			return 0;
-		if (kpt_read_user(&vector, sizeof(vector), (void *)(base + i * sizeof(vector))))
-			return -1;
-		if (vector.length)
-			return vector.length < 8 ? -1 : begins_batch(vector.base);
-	}
-	return -1;
 }
 
 static __always_inline void begin_batch(u64 sk, u64 now, u32 kind, u64 base, u64 count, u32 flags)
@@ -246,78 +168,6 @@ int enter_setsockopt(u64 *ctx)
 	return 0;
 }
 
-/* The newest error among the messages that were queued on the sender's socket meanwhile; older ones may wait there too. */
-static __always_inline s32 queued_error(u64 sk, u32 answers)
-{
-	u64 message, data, head, code;
-
-	KPT_FOLLOW(u64, message, sk, KPT_SOCK, KPT_SOCK_QUEUE_LAST);
-#pragma unroll
-	for (int i = 0; i < ANSWERS; i++) {
-		/* Keeps clang from making one bound of two, by whose `!=` the verifier sees no end. */
-		asm volatile("" : "+r"(answers));
-		if (i >= answers)
-			break;
-		KPT_FOLLOW(u64, data, message, KPT_SKB, KPT_SKB_DATA);
-		KPT_WORD(head, data, 0);
-		KPT_WORD(code, data, 2);
-		if (((head >> 32) & 0xffff) == NLMSG_ERROR && (s32)code < 0)
-			return (s32)code;
-		KPT_FOLLOW(u64, message, message, KPT_SKB, KPT_SKB_PREV);
-	}
-	return 0;
-}
-
-/* Append at most COPY_BYTES from the user's memory; returns bytes in the buffer. */
-static __always_inline u64 append(struct rewrite_record *record, u64 at, u64 base, u64 length)
-{
-	u64 size = length > COPY_BYTES ? COPY_BYTES : length;
-
-	if (at >= COPY_BYTES || size == 0)
-		return at;
-	if (size > COPY_BYTES - at)
-		size = COPY_BYTES - at;
-	asm volatile("%0 &= 4095" : "+r"(at));
-	asm volatile("%0 &= 8191" : "+r"(size));
-	/* Alone: with another comparison clang makes one of both, on a copy, which says nothing to verifiers before v6.11. */
-	if (size > COPY_BYTES)
-		return at;
-	if (kpt_read_user(&record->data[at], size, (void *)base)) {
-		record->head.flags |= FLAG_UNREAD;
-		return at;
-	}
-	return at + size;
-}
-
-static __always_inline void read_tail(struct rewrite_head *head, u64 base, u64 length)
-{
-	if (length >= TAIL_BYTES && !kpt_read_user(head->tail, TAIL_BYTES, (void *)(base + length - TAIL_BYTES)))
-		head->flags |= FLAG_TAIL;
-}
-
-static __always_inline u64 copy_batch(struct rewrite_record *record, u64 base, u64 count, u32 kind)
-{
-	struct user_vector vector = {};
-	u64 copied = 0;
-
-	if (kind != KIND_VECTOR) {
-		record->head.size = count;
-		read_tail(&record->head, base, count);
-		return append(record, 0, base, kind == KIND_FLAT || count < REPLACE_BYTES ? count : REPLACE_BYTES);
-	}
-#pragma unroll
-	for (int i = 0; i < VECTORS; i++) {
-		if (i >= count || kpt_read_user(&vector, sizeof(vector), (void *)(base + i * sizeof(vector))))
-			break;
-		copied = append(record, copied, vector.base, vector.length);
-		if (copied >= COPY_BYTES)
-			break;
-	}
-	if (count && !kpt_read_user(&vector, sizeof(vector), (void *)(base + (count - 1) * sizeof(vector))))
-		read_tail(&record->head, vector.base, vector.length);
-	return copied;
-}
-
 static __always_inline void fill(struct rewrite_record *record, struct started *started, u64 now)
 {
 	struct rewrite_head *head = &record->head;
@@ -344,13 +194,6 @@ static __always_inline void fill(struct rewrite_record *record, struct started *
 	bpf_get_current_comm(head->comm, sizeof(head->comm));
 	head->size = 0;
 	head->zero = 0;
-}
-
-static __always_inline int still_no_batch(struct rewrite_record *record, u64 copied)
-{
-	u32 *words = (u32 *)record->data;
-
-	return copied < 8 || (words[1] & 0xffff) != BATCH_BEGIN;
 }
 
 int exit_rewrite(u64 *ctx)

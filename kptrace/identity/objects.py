@@ -6,28 +6,26 @@ wrong type is an `ObjectError`). What a Service means follows kube-proxy: no add
 Services, nor for those whose labels hand them to another proxy or to none.
 """
 
-import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from kptrace.identity import wire
 from kptrace.identity.decoding import from_bytes, from_mapping
-from kptrace.identity.fields import ObjectError, instant_of, ip_of, member, port_of, protocol_of, time_of
-from kptrace.identity.packing import READY, SERVING, TERMINATING, BackEnd, pack
-from kptrace.identity.policies import hints_of, local_policy
+from kptrace.identity.fields import ObjectError, ip_of, member, port_of, protocol_of, time_of
+from kptrace.identity.named import metadata_of, name_of
+from kptrace.identity.policies import local_policy
 from kptrace.identity.records import (
     Kind,
-    Name,
     NodeRecord,
     PodRecord,
     PortRecord,
     Record,
     ServiceRecord,
-    SliceRecord,
 )
+from kptrace.identity.slices import slice_record
 from kptrace.model.identity import Pod, ServicePort
 
 _KINDS = {
@@ -49,15 +47,6 @@ _EVENTS: dict[Kind, msgspec.json.Decoder[Any]] = {
     for kind, found in _WIRE.items()
 }
 _NO_LABELS = wire.Labels()
-_NOWHERE: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-_SAID = (None, False, True)
-#: What is not said of an endpoint is: it is ready, it serves, and it does not end.
-_CONDITIONS = {
-    (ready, serving, ending): READY * (ready is not False)
-    | SERVING * (serving is not False)
-    | TERMINATING * bool(ending)
-    for ready, serving, ending in itertools.product(_SAID, repeat=3)
-}
 
 
 def kind_of(raw: Mapping[str, Any]) -> Kind | None:
@@ -70,16 +59,6 @@ def kind_of(raw: Mapping[str, Any]) -> Kind | None:
     if not kind or not version:
         raise ObjectError("apiVersion" if kind else "kind", "a string", None)
     return _KINDS.get((version, kind))
-
-
-def name_of(found: wire.Named) -> Name:
-    """Namespace (empty where there is none) and name.
-
-    Raises:
-        ObjectError: it has no name.
-    """
-    metadata = _metadata(found)
-    return sys.intern(metadata.namespace or ""), metadata.name or ""
 
 
 def decode(kind: Kind, raw: Mapping[str, Any]) -> Record:
@@ -125,7 +104,7 @@ def record_of(found: wire.Named) -> Record:
         case wire.Service():
             return _service(found)
         case wire.EndpointSlice():
-            return _slice(found)
+            return slice_record(found)
         case wire.Pod():
             return _pod(found)
         case wire.Node():
@@ -133,17 +112,9 @@ def record_of(found: wire.Named) -> Record:
     raise TypeError(type(found).__name__)
 
 
-def _metadata(found: wire.Named) -> wire.Metadata:
-    if found.metadata is None:
-        raise ObjectError("metadata", "a mapping", None)
-    if not found.metadata.name:
-        raise ObjectError("metadata.name", "a name", found.metadata.name)
-    return found.metadata
-
-
 def _service(found: wire.Service) -> ServiceRecord:
     namespace, name = name_of(found)
-    metadata = _metadata(found)
+    metadata = metadata_of(found)
     spec = found.spec or wire.ServiceSpec()
     created = time_of(metadata.creation_timestamp, "metadata.creationTimestamp")
     cluster_ips = _cluster_ips(spec)
@@ -187,45 +158,9 @@ def _service_port(namespace: str, service: str, found: wire.ServicePort, path: s
     return PortRecord(identity, name, number, port_of(found.node_port, f"{path}.nodePort"))
 
 
-def _slice(found: wire.EndpointSlice) -> SliceRecord:
-    namespace, name = name_of(found)
-    metadata = _metadata(found)
-    labels = metadata.labels or _NO_LABELS
-    back_ends = tuple(_back_ends(found))
-    if labels.foreign:
-        return SliceRecord(namespace, name)
-    by_port = []
-    for index, port in enumerate(found.ports or ()):
-        number = port_of(port.port, f"ports[{index}].port")
-        if number:
-            by_port.append(
-                ((port.name or "", protocol_of(port.protocol, f"ports[{index}].protocol")), number)
-            )
-    trigger = instant_of(metadata.annotations.trigger if metadata.annotations else None)
-    return SliceRecord(
-        namespace, name, sys.intern(labels.service_name or ""), pack(by_port, back_ends), trigger
-    )
-
-
-def _back_ends(found: wire.EndpointSlice) -> Iterator[BackEnd]:
-    if found.address_type == "FQDN":
-        return
-    for index, endpoint in enumerate(found.endpoints or ()):
-        if not endpoint.addresses:
-            continue
-        # All addresses of one endpoint are said to be equivalent, and kube-proxy takes the first.
-        ip = ip_of(endpoint.addresses[0], "endpoints[{}].addresses[0]", index)
-        conditions, target, hints = endpoint.conditions, endpoint.target_ref, endpoint.hints
-        bits = READY | SERVING
-        if conditions is not None:
-            bits = _CONDITIONS[conditions.ready, conditions.serving, conditions.terminating]
-        pod = f"{target.namespace or ''}/{target.name or ''}" if target and target.kind == "Pod" else ""
-        yield ip, endpoint.node_name or "", pod, bits, *(_NOWHERE if hints is None else hints_of(hints))
-
-
 def _pod(found: wire.Pod) -> PodRecord:
     namespace, name = name_of(found)
-    metadata = _metadata(found)
+    metadata = metadata_of(found)
     spec, status = found.spec or wire.PodSpec(), found.status or wire.PodStatus()
     listed = [entry.ip or "" for entry in status.pod_ips or ()] or [status.pod_ip or ""]
     host_network = spec.host_network or False
@@ -256,5 +191,5 @@ def _node(found: wire.Node) -> NodeRecord:
         for index, entry in enumerate((found.status.addresses if found.status else None) or ())
         if entry.type in ("InternalIP", "ExternalIP")
     ]
-    labels = _metadata(found).labels or _NO_LABELS
+    labels = metadata_of(found).labels or _NO_LABELS
     return NodeRecord(name, tuple(dict.fromkeys(addresses)), labels.zone or "")

@@ -109,11 +109,6 @@ class Store:
         """The EndpointSlices of a Service, whether there is one or not."""
         return self._slices.get(service, {}).values()
 
-    def slice(self, key: Name) -> SliceRecord | None:
-        """An EndpointSlice, if there is one of this name."""
-        record = self._objects[Kind.ENDPOINT_SLICES].get(key)
-        return record if isinstance(record, SliceRecord) else None
-
     def zone(self, node: str) -> str:
         """The topology zone of a node; empty where it has none, or is not known."""
         record = self._objects[Kind.NODES].get(("", node))

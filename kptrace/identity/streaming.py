@@ -10,7 +10,8 @@ from kptrace.identity import wire
 from kptrace.identity.api import Api, ApiError, Response, error_for
 from kptrace.identity.feed import Rejected
 from kptrace.identity.fields import ObjectError
-from kptrace.identity.objects import decode_bytes, decode_event, name_of, record_of
+from kptrace.identity.named import name_of
+from kptrace.identity.objects import decode_bytes, decode_event, record_of
 from kptrace.identity.records import Record
 from kptrace.identity.resources import Resource
 from kptrace.identity.store import Event, Gone

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions to the kernel's own type information: offsets of members, ids of functions and structures, enumerators.
+"""Questions by name to the kernel's own type information: offsets of members, ids, parameters, enumerators.
 
 Names are looked up by finding the string and then the types that point to it, so nothing but the answer is decoded. A
 blob comes from outside this program: whatever is in it, a question ends with an answer or a `BtfError`.
@@ -7,29 +7,20 @@ blob comes from outside this program: whatever is in it, a question ends with an
 
 import hashlib
 from pathlib import Path
-from typing import Final
 
 from kptrace.kernel.btf_format import BtfError, BtfMissing, BtfType, Kind, Member, Tables, decode
 from kptrace.kernel.btf_index import Index
+from kptrace.kernel.btf_types import AGGREGATES, Types
 
 __all__ = ["Btf", "BtfError", "BtfMissing", "BtfType", "Kind", "Member"]
 
-POINTER_BYTES: Final = 8
-# The kernel's own verifier resolves no deeper (MAX_RESOLVE_DEPTH).
-_MAX_DEPTH: Final = 32
-_AGGREGATES: Final = (Kind.STRUCT, Kind.UNION)
-_MODIFIERS: Final = frozenset({Kind.TYPEDEF, Kind.VOLATILE, Kind.CONST, Kind.RESTRICT, Kind.TYPE_TAG})
-_SIZED: Final = frozenset(
-    {Kind.INT, Kind.STRUCT, Kind.UNION, Kind.ENUM, Kind.ENUM64, Kind.FLOAT, Kind.DATASEC}
-)
 
-
-class Btf:
+class Btf(Types):
     """One BTF blob, and the base that a module's blob continues."""
 
     def __init__(self, tables: Tables, digest: str, base: "Btf | None" = None) -> None:
+        super().__init__(Index(tables, base._index if base else None))
         self.digest = digest
-        self._index: Index = Index(tables, base._index if base else None)
 
     @classmethod
     def parse(cls, data: bytes, base: "Btf | None" = None) -> "Btf":
@@ -57,11 +48,6 @@ class Btf:
             ) from error
         return cls.parse(data, base)
 
-    @property
-    def end_id(self) -> int:
-        """One more than the highest type id."""
-        return self._index.end_id
-
     def type_id(self, name: str, kind: Kind) -> int:
         """Id of the first type of that name and kind; a module's own types come before the base's.
 
@@ -79,17 +65,6 @@ class Btf:
     def struct_id(self, name: str) -> int:
         """Id of a structure (never of a forward declaration); raises `BtfMissing`."""
         return self.type_id(name, Kind.STRUCT)
-
-    def struct_size(self, name: str) -> int:
-        """Size of a structure in bytes; raises `BtfMissing`."""
-        return self.type(self.struct_id(name)).value
-
-    def function_args(self, name: str) -> int | None:
-        """Number of a function's named parameters; None if there is no such function."""
-        try:
-            return len(self.function_pointers(name))
-        except BtfMissing:
-            return None
 
     def function_pointers(self, name: str) -> tuple[str, ...]:
         """What a function's named parameters point to: the structure's name, or nothing for void and for numbers.
@@ -121,7 +96,7 @@ class Btf:
     def _pointed_to(self, type_id: int) -> str:
         pointer = self.strip(type_id)
         target = self.strip(pointer.value) if pointer.kind is Kind.PTR else None
-        return target.name if target and target.kind in (*_AGGREGATES, Kind.FWD) else ""
+        return target.name if target and target.kind in (*AGGREGATES, Kind.FWD) else ""
 
     def enum_value(self, enumerator: str) -> int:
         """Value of an enumerator of any enum.
@@ -162,7 +137,7 @@ class Btf:
         Raises:
             BtfMissing: there is no such structure or member.
         """
-        candidates = list(self._index.named(struct_name, (*_AGGREGATES, Kind.TYPEDEF)))
+        candidates = list(self._index.named(struct_name, (*AGGREGATES, Kind.TYPEDEF)))
         if not candidates:
             raise BtfMissing(struct_name, "struct")
         for type_id in candidates:
@@ -170,88 +145,6 @@ class Btf:
             if found:
                 return found
         raise BtfMissing(f"{struct_name}.{path}", "member")
-
-    def type(self, type_id: int) -> BtfType:
-        """The common part of a type; 0 is void.
-
-        Raises:
-            BtfError: no type has this id.
-        """
-        if type_id == 0:
-            return BtfType(0, Kind.VOID, "", 0, False, 0)
-        words, at = self._index.locate(type_id)
-        name, info, value = words[at : at + 3]
-        return BtfType(
-            type_id,
-            Kind((info >> 24) & 0x1F),
-            self._index.string(name),
-            info & 0xFFFF,
-            bool(info >> 31),
-            value,
-        )
-
-    def members(self, type_id: int) -> list[Member]:
-        """The members of a structure or union in their order; none for any other type."""
-        header = self.type(type_id)
-        if header.kind not in _AGGREGATES:
-            return []
-        words, at = self._index.locate(type_id)
-        found = []
-        for index in range(at + 3, at + 3 + 3 * header.vlen, 3):
-            name, member_type, offset = words[index : index + 3]
-            bits = offset >> 24 if header.flag else 0
-            found.append(
-                Member(
-                    self._index.string(name), member_type, offset & 0xFFFFFF if header.flag else offset, bits
-                )
-            )
-        return found
-
-    def array(self, type_id: int) -> tuple[int, int]:
-        """Element type and number of elements of an array."""
-        if self.type(type_id).kind is not Kind.ARRAY:
-            raise BtfError(f"type {type_id} is no array")
-        words, at = self._index.locate(type_id)
-        return words[at + 3], words[at + 5]
-
-    def integer(self, type_id: int) -> tuple[bool, bool]:
-        """Whether an integer is signed, and whether it is a boolean."""
-        if self.type(type_id).kind is not Kind.INT:
-            raise BtfError(f"type {type_id} is no integer")
-        words, at = self._index.locate(type_id)
-        return bool(words[at + 3] >> 24 & 1), bool(words[at + 3] >> 24 & 4)
-
-    def strip(self, type_id: int) -> BtfType:
-        """The type behind typedefs and qualifiers.
-
-        Raises:
-            BtfError: they never end.
-        """
-        for _ in range(_MAX_DEPTH):
-            found = self.type(type_id)
-            if found.kind not in _MODIFIERS:
-                return found
-            type_id = found.value
-        raise BtfError(f"corrupt BTF: typedefs and qualifiers of type {type_id} never end")
-
-    def size_of(self, type_id: int) -> int:
-        """Size of a type in bytes, as C's sizeof.
-
-        Raises:
-            BtfError: the type has no size (a function, void, a forward declaration), or is an endless array.
-        """
-        count = 1
-        for _ in range(_MAX_DEPTH):
-            found = self.strip(type_id)
-            if found.kind is Kind.PTR:
-                return count * POINTER_BYTES
-            if found.kind in _SIZED:
-                return count * found.value
-            if found.kind is not Kind.ARRAY:
-                raise BtfError(f"type {found.id} ({found.kind.name.lower()} {found.name}) has no size")
-            type_id, elements = self.array(found.id)
-            count *= elements
-        raise BtfError(f"corrupt BTF: the array type {type_id} never ends")
 
     def _descend(self, type_id: int, path: str) -> Member | None:
         offset = 0

@@ -13,8 +13,8 @@ from typing import Final
 
 from kptrace.model.errors import KernelError
 
-_MAGIC: Final = 0xEB9F
-_VERSION: Final = 1
+MAGIC: Final = 0xEB9F
+VERSION: Final = 1
 # magic, version, flags, hdr_len, type_off, type_len, str_off, str_len, in the byte order of this machine.
 _HEADER: Final = struct.Struct("=HBBIIIII")
 
@@ -141,7 +141,7 @@ def _sections(data: bytes) -> tuple[bytes, bytes]:
     if len(data) < _HEADER.size:
         raise BtfError(f"the BTF is cut short: {len(data)} bytes hold no header")
     magic, version, _, header, type_off, type_len, str_off, str_len = _HEADER.unpack_from(data)
-    if magic != _MAGIC or version != _VERSION:
+    if magic != MAGIC or version != VERSION:
         raise BtfError(f"no BTF of this machine: magic {magic:#06x}, version {version}")
     if header < _HEADER.size or header + max(type_off + type_len, str_off + str_len) > len(data):
         raise BtfError(f"the BTF is cut short: its header promises more than its {len(data)} bytes")

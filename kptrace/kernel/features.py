@@ -12,7 +12,7 @@ from kptrace.kernel import probes
 from kptrace.kernel.capabilities import Capability, missing_capabilities
 from kptrace.kernel.host import Host
 from kptrace.kernel.support import Calls, Context, State, Support
-from kptrace.model.errors import KptraceError, UnsupportedError
+from kptrace.model.errors import KptraceError
 
 __all__ = [
     "TABLE",
@@ -97,20 +97,6 @@ class Features(Mapping[str, Support]):
     def supported(self, *names: str) -> bool:
         """Whether the kernel has all of these; a name that was not probed is a `KeyError`."""
         return all(self[name].supported for name in names)
-
-    def require(self, name: str) -> None:
-        """Do nothing if the kernel has the feature.
-
-        Raises:
-            UnsupportedError: it has not, or that could not be found out.
-        """
-        feature, support = self._rows[name]
-        if support.supported:
-            return
-        verb = "is not supported" if support.state is State.UNSUPPORTED else "cannot be probed"
-        since = f" (Linux {feature.since} has it)" if feature.since else ""
-        remedy = "grant what is missing" if support.reason == "missing_capability" else "see 'kptrace check'"
-        raise UnsupportedError(f"{feature.summary} {verb}{since}: {support.detail}", remedy=remedy)
 
     def as_rows(self) -> list[Row]:
         """The table in its order."""

@@ -51,16 +51,6 @@ def slot_of(duration_ns: int) -> int:
     return 1 + octave * STEPS + step
 
 
-def upper_edge_ns(slot: int) -> float:
-    """The inclusive upper edge of a slot in nanoseconds; infinity for the last."""
-    if slot == 0:
-        return 1 << FIRST_BITS
-    if slot >= SLOTS - 1:
-        return math.inf
-    octave, step = divmod(slot - 1, STEPS)
-    return (1 << (octave + FIRST_BITS)) + ((step + 1) << (octave + FIRST_BITS - 2))
-
-
 def on_ladder(slots: Sequence[int], ladder_ns: Sequence[int]) -> tuple[tuple[float, int], ...]:
     """Cumulative `(le in seconds, count)` of a kernel histogram on a ladder whose edges are slot edges."""
     buckets = []

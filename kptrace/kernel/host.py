@@ -41,8 +41,3 @@ class Host:
         ranges = (self.sys / "devices/system/cpu/possible").read_text(encoding="ascii").strip().split(",")
         ends = [each.split("-") for each in ranges]
         return sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
-
-    @property
-    def tracefs_candidates(self) -> tuple[Path, Path]:
-        """Where tracefs is usually mounted, best first."""
-        return self.sys / "kernel/tracing", self.sys / "kernel/debug/tracing"

@@ -44,11 +44,6 @@ class Bracket:
     chains: tuple[BaseChain, ...] = field(default=(), compare=False)
     members: tuple[Name, ...] = field(default=(), compare=False)
 
-    @property
-    def conntrack(self) -> bool:
-        """Whether packets met conntrack before; if not, their ct_state is `none`."""
-        return self.hook not in ENTRY_HOOKS or self.priority > CONNTRACK_PRIORITY
-
 
 @dataclass(frozen=True, slots=True)
 class Boundary:

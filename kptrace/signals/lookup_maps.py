@@ -39,10 +39,6 @@ class LookupMaps:
         values = [_CPU.unpack(value) for value in self._maps["cpus"].lookup_per_cpu(_FIRST, self._cpus)]
         return sum(first for _, first, _ in values), sum(rest for _, _, rest in values)
 
-    def map_bytes(self) -> int:
-        """Size of all maps' values, for the memory budget."""
-        return sum(each.spec.value_size * each.spec.max_entries for each in self._maps.values())
-
     def close(self) -> None:
         """Detach and free. Idempotent."""
         while self._attached:

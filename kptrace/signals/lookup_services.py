@@ -79,7 +79,6 @@ class ServiceNumbers:
 class _Named:
     base: "array[int]"
     since: float
-    last_count: int
     rate: int = 0
 
 
@@ -124,7 +123,7 @@ class ServiceTop:
             # The first to come have their samples whole; later ones leave what they had in `~other`.
             fresh = len(self._named) < self._limit and not self._retired
             start = array("Q", bytes(CELL_BYTES)) if fresh else _words(cells, cell)
-            self._named[cell] = _Named(start, now, counts[cell])
+            self._named[cell] = _Named(start, now)
 
     def _evict(self, gain: int, cells: "array[int]", now: float) -> bool:
         """Take the name from a service that had its time and is slower than the newcomer."""

@@ -4,26 +4,25 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass
 
 import structlog
 
-from kptrace.dataplanes.nftables.netlink import NetlinkError, NfnetlinkSocket
 from kptrace.kernel.bytecode import Bytecode
 from kptrace.kernel.host import Host
 from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.errors import KernelError
-from kptrace.model.metrics import MetricFamily, MetricSpec, Sample
+from kptrace.model.metrics import MetricFamily, MetricSpec
 from kptrace.model.rewrite import Outcome, Rewrite
 from kptrace.model.signal import MechanismState, State
 from kptrace.signals import rewrite_metrics as metrics
 from kptrace.signals.eventloop import EventLoop
 from kptrace.signals.processes import ProcessTable, cgroup_path, read_process
-from kptrace.signals.rewrite_generation import GenerationWatch
+from kptrace.signals.rewrite_generation import GenerationWatch, RulesetSocket
 from kptrace.signals.rewrite_kernel import RewriteKernel
 from kptrace.signals.rewrite_labels import TableNames
-from kptrace.signals.rewrite_objects import LEAST_SECONDS, Row, RulesetObjects
+from kptrace.signals.rewrite_objects import LEAST_SECONDS, RulesetObjects
+from kptrace.signals.rewrite_published import Published
 from kptrace.signals.rewrite_records import Transaction, decode
 from kptrace.signals.rewrite_reduce import Reducer
 from kptrace.signals.rewrite_running import RunningRewrites
@@ -43,16 +42,6 @@ class Options:
 
     writers: tuple[WriterRule, ...] = ()
     least_dump_seconds: float = LEAST_SECONDS
-
-
-@dataclass(frozen=True, slots=True)
-class _Published:
-    """What scrapes read: replaced as a whole by the loop's thread."""
-
-    state: MechanismState
-    rows: Mapping[Row, int] = field(default_factory=lambda: MappingProxyType({}))
-    exact: bool = False
-    generation: int | None = None
 
 
 class RewriteSignal:
@@ -120,13 +109,15 @@ class RewriteSignal:
             lambda tgid: (host.proc / str(tgid)).exists(),
             self._reducer.writer,
         )
-        self._generation = GenerationWatch(self._ask_generation, self._consume_records, self._running.busy)
-        self._socket = self._open_socket()
+        self._ruleset = RulesetSocket(netns, self._log)
+        self._generation = GenerationWatch(
+            self._ruleset.generation, self._consume_records, self._running.busy
+        )
         self._undecodable = 0
         self._last_losses: Mapping[str, int] = {}
         self._closed = False
         self._state = self._row(State.OFF, "starting")
-        self._published = _Published(self._state)
+        self._published = Published(self._state)
 
     def start(self) -> None:
         """Attach, and take everything in from now on.
@@ -145,21 +136,6 @@ class RewriteSignal:
         """Take in every rewrite up to now. For the loop's thread, and not from within a listener."""
         if not self._closed:
             self._consume_records()
-
-    def _open_socket(self) -> NfnetlinkSocket | None:
-        try:
-            with self._netns.enter():
-                return NfnetlinkSocket.open()
-        except NetlinkError as error:
-            self._log.warning("no_nfnetlink", error=str(error))
-            return None
-
-    def _ask_generation(self) -> int | None:
-        try:
-            return self._socket.generation() if self._socket else None
-        except NetlinkError as error:
-            self._log.debug("no_generation", error=str(error))
-            return None
 
     def tick(self) -> None:
         """What is not driven by events: missed commits, transactions under way, dumps that are due."""
@@ -213,7 +189,7 @@ class RewriteSignal:
             self._on_commit(rewrite)
 
     def _publish(self) -> None:
-        self._published = _Published(
+        self._published = Published(
             self._state,
             self._objects.rows(),
             self._objects.exact,
@@ -225,13 +201,7 @@ class RewriteSignal:
 
     def status(self, *, names: bool) -> Mapping[str, object]:
         """What /status shows of it."""
-        seen = self._published
-        ruleset = {
-            "generation": "unknown" if seen.generation is None else seen.generation,
-            "sizes are exact": seen.exact,
-            "objects": sum(seen.rows.values()),
-        }
-        return {"ruleset": ruleset}
+        return {"ruleset": self._published.ruleset()}
 
     def losses(self) -> Mapping[tuple[str, str], int]:
         """Lost events by (signal, reason), all reasons from the start."""
@@ -253,14 +223,8 @@ class RewriteSignal:
 
     def families(self) -> Iterable[MetricFamily]:
         """See `Source`. Reads the map of transactions under way, and what was last published."""
-        seen = self._published
         yield from self._counts.families()
-        yield MetricFamily(
-            metrics.RULESET, [Sample(row, float(count)) for row, count in sorted(seen.rows.items())]
-        )
-        yield MetricFamily(metrics.EXACT, [Sample((), float(seen.exact))])
-        if seen.generation is not None:
-            yield MetricFamily(metrics.GENERATION, [Sample((), float(seen.generation))])
+        yield from self._published.families()
         if not self._closed:
             yield MetricFamily(metrics.RUNNING, self._running.ages(time.monotonic_ns()))
 
@@ -279,5 +243,4 @@ class RewriteSignal:
             self._log.debug("reader_was_not_there")
         self._kernel.close()
         self._objects.close()
-        if self._socket is not None:
-            self._socket.close()
+        self._ruleset.close()

@@ -3,10 +3,42 @@
 
 from collections.abc import Callable
 
+import structlog
+
+from kptrace.dataplanes.nftables.netlink import NetlinkError
+from kptrace.dataplanes.nftables.netlink_socket import NfnetlinkSocket
+from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.rewrite import Outcome
 
 _WRAP = 0xFFFFFFFF
 _BACKWARDS = 1 << 31
+
+
+class RulesetSocket:
+    """Asks for the generation in one network namespace, for as long as there is nf_tables."""
+
+    def __init__(self, netns: NetworkNamespace, log: structlog.stdlib.BoundLogger) -> None:
+        """Open a socket there; without one the generation stays unknown."""
+        self._log = log
+        self._socket: NfnetlinkSocket | None = None
+        try:
+            with netns.enter():
+                self._socket = NfnetlinkSocket.open()
+        except NetlinkError as error:
+            log.warning("no_nfnetlink", error=str(error))
+
+    def generation(self) -> int | None:
+        """The ruleset's generation; None where the kernel does not tell."""
+        try:
+            return self._socket.generation() if self._socket else None
+        except NetlinkError as error:
+            self._log.debug("no_generation", error=str(error))
+            return None
+
+    def close(self) -> None:
+        """Close the socket. Idempotent."""
+        if self._socket is not None:
+            self._socket.close()
 
 
 class GenerationWatch:

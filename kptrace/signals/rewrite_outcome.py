@@ -11,7 +11,7 @@ from kptrace.dataplanes.nftables.batch import BatchKind
 from kptrace.model.rewrite import Outcome
 from kptrace.signals.rewrite_records import Flag, Transaction
 
-#: Answers that the kernel side looks through for an error: ANSWERS in rewrite.bpf.c.
+#: Answers that the kernel side looks through for an error: ANSWERS in bpf/include/kptrace/rewrite_socket.h.
 ANSWERS_SEEN = 16
 
 

@@ -21,6 +21,8 @@ PHASES = ("list", "compute", "write", "commit", "teardown", "lock_wait", "conntr
 #: In nftables mode kube-proxy lists its table with each sync: with so many Services that takes longest.
 MANY = 5000
 SHORT, CHANGES = 500, 5
+#: A run is seen from its first tool on; kube-proxy's own time has the computing before that besides.
+LEAST_SHARE = 0.5
 
 
 @pytest.mark.parametrize("mode", Mode)
@@ -33,7 +35,7 @@ def test_phases_add_up_to_the_run(
     start_kptrace: Callable[..., Kptrace],
     request: pytest.FixtureRequest,
 ) -> None:
-    """Within 5 %, of five syncs of one change each; the runs are not longer than kube-proxy's own syncs by more than 5 %."""
+    """Within 5 %, of five syncs of one change each; they last as long as kube-proxy's own syncs, or somewhat less."""
     services = MANY if request.config.getoption("--long") else SHORT
     specs = list(make_services(services, 2, namespace=kube_namespace))
     plane.client.create_all(manifests.objects(specs))
@@ -64,6 +66,6 @@ def test_phases_add_up_to_the_run(
     )
     assert committed(after) - committed(before) == CHANGES
     assert abs(sum(took.values()) - run) <= 0.05 * run
-    assert run <= 1.05 * own
+    assert LEAST_SHARE * own <= run <= 1.05 * own
     if mode is Mode.NFTABLES and services >= MANY:
         assert max(took, key=took.__getitem__) == "list"

@@ -9,7 +9,8 @@ from pathlib import Path
 from kptrace.dataplanes.iptables.legacy import Replace, decode_replace, legacy_chains, table_names
 from kptrace.dataplanes.nftables.batch import Batch, BatchKind, decode_batch, is_batch
 from kptrace.dataplanes.nftables.chains import base_chains, dormant_tables
-from kptrace.dataplanes.nftables.netlink import NfnetlinkSocket, NftMessage
+from kptrace.dataplanes.nftables.netlink import NftMessage
+from kptrace.dataplanes.nftables.netlink_socket import NfnetlinkSocket
 from kptrace.experiments.netns import Namespace
 from kptrace.model.netfilter import BaseChain, ChainType, DataPlane, Hook, IpFamily
 

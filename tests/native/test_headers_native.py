@@ -59,8 +59,8 @@ def test_bcc_compiles_against_the_tree(btf: Btf, tmp_path: Path) -> None:
         structs=structs,
     )
     sizes = {
-        "KPT_SKB_SIZE": btf.struct_size("sk_buff"),
-        "KPT_CONN_SIZE": btf.struct_size("nf_conn"),
+        "KPT_SKB_SIZE": btf.size_of(btf.struct_id("sk_buff")),
+        "KPT_CONN_SIZE": btf.size_of(btf.struct_id("nf_conn")),
         "KPT_MARK": 424242,
     }
     text = "".join(f"#define {name} {value}\n" for name, value in sizes.items()) + _PROGRAM

@@ -63,16 +63,4 @@ struct rewrite_record {
 	u8 data[2 * COPY_BYTES]; /* the upper half only lets the verifier see that no copy leaves the buffer */
 };
 
-struct user_vector {
-	u64 base;
-	u64 length;
-};
-
-struct user_message { /* the start of struct user_msghdr, and of struct mmsghdr */
-	u64 name;
-	u64 name_length;
-	u64 vectors;
-	u64 count;
-};
-
 #endif

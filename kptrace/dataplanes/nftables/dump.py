@@ -16,7 +16,6 @@ from kptrace.dataplanes.nftables.netlink import (
     NLM_F_DUMP_INTR,
     NLMSG_DONE,
     NLMSG_ERROR,
-    DatagramSocket,
     NetlinkError,
     NftMessage,
     attributes,
@@ -24,6 +23,7 @@ from kptrace.dataplanes.nftables.netlink import (
     messages,
     request,
 )
+from kptrace.dataplanes.nftables.netlink_socket import DatagramSocket
 
 _RECEIVE_BYTES = 1 << 16
 _TIMEOUT: Final = struct.pack("@ll", 5, 0)

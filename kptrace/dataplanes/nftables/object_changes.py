@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What messages of nf_tables do to an inventory of objects: of a dump, and of a committed batch. Pure."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 from kptrace.dataplanes.nftables.netlink import (
     ATTRIBUTES,
     HEADER,
@@ -15,21 +12,18 @@ from kptrace.dataplanes.nftables.netlink import (
     messages,
     text,
 )
-from kptrace.dataplanes.nftables.objects import Inventory, SetObjects, TableObjects
+from kptrace.dataplanes.nftables.object_message import ObjectMessage
+from kptrace.dataplanes.nftables.objects import Inventory, TableObjects
+from kptrace.dataplanes.nftables.set_changes import SET_MESSAGES, SetChange
 
 _NLM_F_REPLACE = 0x100
-_SET_ANONYMOUS, _SET_TIMEOUT, _SET_EVAL = 0x1, 0x10, 0x20
 _CHAIN_BINDING = 0x4
 _TABLE_OWNER = 0x2
 _NETDEV, _INET_INGRESS, _HOOK_NUMBER = 5, 5, 1
-_ELEMENT_END, _ELEMENT_CATCHALL = 0x1, 0x2
 
 _TABLE, _TABLE_FLAGS, _TABLE_HANDLE = 1, 2, 4
 _CHAIN_HANDLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_FLAGS = 2, 3, 4, 10
 _RULE_CHAIN, _RULE_HANDLE, _RULE_ID, _RULE_CHAIN_ID = 2, 3, 9, 11
-_SET_NAME, _SET_FLAGS = 2, 3
-_ELEMENTS_SET, _ELEMENTS = 2, 3
-_ELEMENT_KEY, _ELEMENT_FLAGS = 1, 3
 
 
 def apply_batch(inventory: Inventory, data: bytes) -> None:
@@ -73,6 +67,9 @@ def _message(inventory: Inventory, number: int, flags: int, data: bytes, start: 
         found.setdefault(kind, (low, high))
     family = data[start + HEADER.size]
     name = text(data, *found[_TABLE]) if _TABLE in found else ""
+    if number in SET_MESSAGES:
+        SetChange(inventory, data, found, family, name, flags).apply(number)
+        return
     change = _Change(inventory, data, found, family, name, flags)
     match number:
         case NftMessage.NEWTABLE:
@@ -87,14 +84,6 @@ def _message(inventory: Inventory, number: int, flags: int, data: bytes, start: 
             change.new_rule()
         case NftMessage.DELRULE:
             change.delete_rule()
-        case NftMessage.NEWSET:
-            change.new_set()
-        case NftMessage.DELSET:
-            change.delete_set()
-        case NftMessage.NEWSETELEM:
-            change.new_elements()
-        case NftMessage.DELSETELEM:
-            change.delete_elements()
         case (
             NftMessage.DESTROYTABLE
             | NftMessage.DESTROYCHAIN
@@ -105,72 +94,47 @@ def _message(inventory: Inventory, number: int, flags: int, data: bytes, start: 
             inventory.exact = False  # whether it was there is not told
 
 
-@dataclass(slots=True)
-class _Change:
-    """One message about one table, being taken in."""
-
-    inventory: Inventory
-    data: bytes
-    found: dict[int, tuple[int, int]]
-    family: int
-    name: str
-    flags: int
-
-    def _text(self, kind: int) -> str:
-        return text(self.data, *self.found[kind]) if kind in self.found else ""
-
-    def _number(self, kind: int) -> int:
-        return be32(self.data, *self.found[kind]) if kind in self.found else 0
-
-    @property
-    def _table(self) -> TableObjects | None:
-        return self.inventory.tables.get((self.family, self.name))
-
-    def _inexact(self) -> None:
-        self.inventory.exact = False
+class _Change(ObjectMessage):
+    """A message about a table, a chain or a rule."""
 
     def new_table(self) -> None:
         tables, key = self.inventory.tables, (self.family, self.name)
         if key not in tables and self.inventory.room_for_name():
-            tables[key] = TableObjects(owned=bool(self._number(_TABLE_FLAGS) & _TABLE_OWNER))
+            tables[key] = TableObjects(owned=bool(self.number(_TABLE_FLAGS) & _TABLE_OWNER))
 
     def delete_table(self) -> None:
         if _TABLE in self.found and self.family:
             self.inventory.drop_table((self.family, self.name))
         elif _TABLE_HANDLE in self.found and self.family:
-            self._inexact()
+            self.inexact()
         else:  # all tables of the family, or all there are, or all of a name
             for (family, name), table in list(self.inventory.tables.items()):
                 if self.family not in (0, family) or (_TABLE in self.found and name != self.name):
                     continue
                 if table.owned:  # taken only if the owner asked
-                    self._inexact()
+                    self.inexact()
                 else:
                     self.inventory.drop_table((family, name))
 
     def new_chain(self) -> None:
-        table, name = self._table, self._text(_CHAIN_NAME)
-        if self._number(_CHAIN_FLAGS) & _CHAIN_BINDING:
+        table, name = self.table, self.text(_CHAIN_NAME)
+        if self.number(_CHAIN_FLAGS) & _CHAIN_BINDING:
             return
         if table is None or not name:
-            self._inexact()
+            self.inexact()
             return
         if name not in table.chains:
-            if _CHAIN_HANDLE in self.found and not self._is_dumped():
-                self._inexact()  # a chain gets another name
+            if _CHAIN_HANDLE in self.found and not self.is_dumped():
+                self.inexact()  # a chain gets another name
             elif self.inventory.room_for_name():
                 table.chains[name] = 0
         if _CHAIN_HOOK in self.found:
             table.base.add(name)
 
-    def _is_dumped(self) -> bool:
-        """Whether the message came from the kernel: requests have NLM_F_REQUEST."""
-        return not self.flags & 1
-
     def delete_chain(self) -> None:
-        table, name = self._table, self._text(_CHAIN_NAME)
+        table, name = self.table, self.text(_CHAIN_NAME)
         if table is None or not name:
-            self._inexact()
+            self.inexact()
         elif not self._loses_devices():
             table.base.discard(name)
             if table.chains.pop(name, None) is not None:
@@ -191,92 +155,24 @@ class _Change:
         return self.family == _NETDEV or number == _INET_INGRESS
 
     def new_rule(self) -> None:
-        table, chain = self._table, self._text(_RULE_CHAIN)
-        if self.flags & _NLM_F_REPLACE and not self._is_dumped():
+        table, chain = self.table, self.text(_RULE_CHAIN)
+        if self.flags & _NLM_F_REPLACE and not self.is_dumped():
             return
         if table is not None and chain in table.chains:
             table.chains[chain] += 1
-        elif not self._is_dumped() or not chain:
-            self._inexact()  # a chain named by its id, or unknown
+        elif not self.is_dumped() or not chain:
+            self.inexact()  # a chain named by its id, or unknown
 
     def delete_rule(self) -> None:
-        table = self._table
+        table = self.table
         if table is None or _RULE_CHAIN_ID in self.found:
-            self._inexact()
+            self.inexact()
             return
-        chains = [self._text(_RULE_CHAIN)] if _RULE_CHAIN in self.found else list(table.chains)
+        chains = [self.text(_RULE_CHAIN)] if _RULE_CHAIN in self.found else list(table.chains)
         # Without a chain the kernel takes every rule of the table, whatever else is there.
         one = _RULE_CHAIN in self.found and (_RULE_HANDLE in self.found or _RULE_ID in self.found)
         for chain in chains:
             if chain not in table.chains:
-                self._inexact()
+                self.inexact()
             else:
                 table.chains[chain] = max(0, table.chains[chain] - 1) if one else 0
-
-    def new_set(self) -> None:
-        table, flags = self._table, self._number(_SET_FLAGS)
-        if flags & _SET_ANONYMOUS:
-            return
-        if table is None:
-            self._inexact()
-        else:
-            name = self._text(_SET_NAME)
-            if name in table.sets or self.inventory.room_for_name():
-                table.sets.setdefault(name, SetObjects()).dynamic = bool(flags & (_SET_TIMEOUT | _SET_EVAL))
-
-    def delete_set(self) -> None:
-        table, name = self._table, self._text(_SET_NAME)
-        if table is None or not name:
-            self._inexact()
-        elif name in table.sets:
-            self.inventory.drop_elements(len(table.sets.pop(name).keys))
-            self.inventory.drop_name()
-
-    def _set(self) -> SetObjects | None:
-        table, name = self._table, self._text(_ELEMENTS_SET)
-        if table is None:
-            self._inexact()
-            return None
-        if name not in table.sets:
-            # An anonymous set, which has the pattern of its name to come (`__set%d`), or one by its number.
-            if "%" not in name and not name.startswith("__"):
-                self._inexact()
-            return None
-        return table.sets[name]
-
-    def _keys(self) -> Iterator[int]:
-        for _, low, high in attributes(self.data, *self.found[_ELEMENTS]):
-            key, flags = b"", 0
-            for kind, start, end in attributes(self.data, low, high):
-                if kind == _ELEMENT_KEY:
-                    key = self.data[start:end]
-                elif kind == _ELEMENT_FLAGS:
-                    flags = be32(self.data, start, end)
-            if flags & _ELEMENT_CATCHALL:
-                key = b"*"
-            if not flags & _ELEMENT_END:
-                yield hash(_value(key))
-
-    def new_elements(self) -> None:
-        target = self._set()
-        if target is None or _ELEMENTS not in self.found:
-            return
-        for key in self._keys():
-            if key not in target.keys and self.inventory.room_for_element():
-                target.keys.add(key)
-
-    def delete_elements(self) -> None:
-        target = self._set()
-        if target is None:
-            return
-        before = len(target.keys)
-        if _ELEMENTS in self.found:
-            target.keys.difference_update(self._keys())
-        else:
-            target.keys.clear()
-        self.inventory.drop_elements(before - len(target.keys))
-
-
-def _value(key: bytes) -> bytes:
-    """The value inside a nested NFTA_DATA_VALUE: its header's flags differ between requests and dumps."""
-    return next((key[start:end] for _, start, end in attributes(key, 0, len(key))), key)

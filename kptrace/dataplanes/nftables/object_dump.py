@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from kptrace.dataplanes.nftables.dump import DumpChannel, Interrupted, string
-from kptrace.dataplanes.nftables.netlink import DatagramSocket, NftMessage
+from kptrace.dataplanes.nftables.netlink import NftMessage
+from kptrace.dataplanes.nftables.netlink_socket import DatagramSocket
 from kptrace.dataplanes.nftables.object_changes import take_object
 from kptrace.dataplanes.nftables.objects import Inventory
 

@@ -9,11 +9,11 @@ from kptrace.dataplanes.nftables.dump import DumpChannel, Interrupted, string
 from kptrace.dataplanes.nftables.installed import Address, InstalledNftables
 from kptrace.dataplanes.nftables.netlink import (
     ATTRIBUTES,
-    DatagramSocket,
     NftMessage,
     attributes,
     text,
 )
+from kptrace.dataplanes.nftables.netlink_socket import DatagramSocket
 from kptrace.dataplanes.nftables.service_names import POLICY_CHAINS, TABLE, parse_chain
 from kptrace.dataplanes.nftables.service_rules import read_changes
 from kptrace.model.netfilter import IpFamily

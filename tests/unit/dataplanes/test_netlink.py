@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from kptrace.dataplanes.nftables.netlink import (
     NLM_F_DUMP_INTR,
     NetlinkError,
-    NfnetlinkSocket,
     NftMessage,
     attributes,
     messages,
 )
+from kptrace.dataplanes.nftables.netlink_socket import NfnetlinkSocket
 from tests.unit.dataplanes import wire
 
 Answer = Callable[[int], list[bytes | int]]

@@ -201,7 +201,6 @@ def test_the_store_gives_what_a_service_is_made_of() -> None:
     store.apply(raw_slice({}))
     assert store.service(("ns", "web")) is None
     assert [record.name for record in store.slices_of(("ns", "web"))] == ["web-1"]
-    assert store.slice(("ns", "web-1")) is not None
     store.apply(raw_service())
     found = store.service(("ns", "web"))
     assert found is not None

@@ -82,12 +82,11 @@ def test_a_member_that_is_not_there_is_missing(btf: Btf, path: str) -> None:
 @pytest.mark.parametrize("name", ["", "absent", "et", "net\0", "\udcff"])
 def test_a_name_that_is_not_there_is_missing(btf: Btf, name: str) -> None:
     """An unknown name is `BtfMissing`, a `LookupError` and a `KernelError`."""
-    for ask in (btf.struct_id, btf.func_id, btf.enum_value, btf.struct_size):
+    for ask in (btf.struct_id, btf.func_id, btf.enum_value, btf.function_sizes):
         with pytest.raises(BtfMissing) as caught:
             ask(name)
         assert isinstance(caught.value, LookupError)
         assert isinstance(caught.value, KernelError)
-    assert btf.function_args(name) is None
 
 
 def test_kinds_of_one_name_are_told_apart(btf: Btf) -> None:
@@ -97,7 +96,7 @@ def test_kinds_of_one_name_are_told_apart(btf: Btf) -> None:
     assert btf.struct_id("net") == ids[Kind.STRUCT]
     assert btf.func_id("net") == ids[Kind.FUNC]
     assert btf.type(btf.struct_id("net")).name == "net"
-    assert btf.struct_size("net") == 64
+    assert btf.size_of(btf.struct_id("net")) == 64
 
 
 def test_names_that_share_or_repeat_a_string_are_found() -> None:
@@ -156,7 +155,7 @@ def test_a_contradicted_enumerator_is_not_guessed() -> None:
 
 def test_functions_tell_their_parameters(btf: Btf) -> None:
     """The dots of a variadic function are no parameter."""
-    assert [btf.function_args(name) for name in ("nft_do_chain", "printk", "nothing")] == [2, 1, 0]
+    assert [len(btf.function_sizes(name)) for name in ("nft_do_chain", "printk", "nothing")] == [2, 1, 0]
 
 
 def test_what_parameters_point_to_is_told() -> None:
@@ -169,7 +168,6 @@ def test_what_parameters_point_to_is_told() -> None:
     blob.function("f", [("a", void), ("b", skb), ("c", declared), ("d", alias), ("e", number), ("", 0)])
     btf = Btf.parse(blob.pack())
     assert btf.function_pointers("f") == ("", "sk_buff", "xt_table", "", "")
-    assert btf.function_args("f") == 5
     with pytest.raises(BtfMissing):
         btf.function_pointers("g")
 
@@ -188,7 +186,7 @@ def test_a_module_continues_its_base() -> None:
     assert (btf.struct_id("nft_chain"), btf.func_id("nft_do_chain")) == (own, func)
     assert btf.member_offset("nft_chain", "net.ns.inum") == 24
     assert btf.member_offset("nft_chain", "seen") == 75
-    assert btf.function_args("nft_do_chain") == 1
+    assert len(btf.function_pointers("nft_do_chain")) == 1
     assert btf.struct_id("net") == base.struct_id("net")
     assert btf.enum_value("DROP") == 12
     assert btf.type_id("inum", Kind.TYPEDEF) == btf.end_id - 1
@@ -279,10 +277,10 @@ def interrogate(data: bytes) -> None:
         lambda: btf.member_offset("net", "ns.inum"),
         lambda: btf.member_offset("net", "second"),
         lambda: btf.member_offset_bits("flags", "b"),
-        lambda: btf.struct_size("net"),
+        lambda: btf.size_of(btf.struct_id("net")),
         lambda: btf.enum_value("DROP"),
         lambda: btf.enum_value("WIDE"),
-        lambda: btf.function_args("printk"),
+        lambda: btf.function_pointers("printk"),
         *(
             lambda each=each: (btf.size_of(each), btf.members(each))
             for each in range(min(btf.end_id + 1, 60))

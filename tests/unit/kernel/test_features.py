@@ -316,24 +316,6 @@ def test_a_failing_probe_leaves_the_others_alone(host: Host) -> None:
     ]
 
 
-def test_requiring_a_missing_feature_says_what_and_since_when() -> None:
-    """The message has the feature, the version that has it, and what the probe saw."""
-    feature = Feature("link", "6.4", "BPF programs on netfilter hooks", lambda _context: Support.yes())
-    cases: list[tuple[Support, str]] = [
-        (Support.no("link_refused", "bpf: EINVAL"), "hooks is not supported (Linux 6.4 has it): bpf: EINVAL"),
-        (
-            Support.unknown("missing_capability", "missing: CAP_BPF"),
-            "hooks cannot be probed (Linux 6.4 has it): missing",
-        ),
-    ]
-    for support, message in cases:
-        with pytest.raises(UnsupportedError) as caught:
-            Features([(feature, support)]).require("link")
-        assert message in str(caught.value)
-        assert caught.value.remedy
-    Features([(feature, Support.yes())]).require("link")
-
-
 def test_features_are_frozen_and_listed_in_order(host: Host) -> None:
     """A plan made from the table stays true; unknown names are a mistake of the caller."""
     features = run(host, FakeKernel())

@@ -191,7 +191,7 @@ def assert_layout(btf: Btf, name: str, folder: Path) -> int:
     )
     output = run_c(folder, f"{includes}{helper}int main(void) {{\n{chr(10).join(lines)}\nreturn 0; }}\n")
     assert output.splitlines() == [
-        f"size {btf.struct_size(name)}",
+        f"size {btf.size_of(btf.struct_id(name))}",
         *(f"{path} {at}" for path, _, at in members),
     ]
     return len(members)

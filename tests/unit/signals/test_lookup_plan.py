@@ -109,8 +109,6 @@ def test_conntrack_is_in_no_bracket() -> None:
         (-151, "", "c-150"),
         (-149, "c-150", ""),
     ]
-    assert [b.conntrack for b in planned.brackets] == [False, True]
-    assert all(b.conntrack for b in plan([chain(-300, Hook.FORWARD), chain(-300, Hook.INPUT)], {}).brackets)
 
 
 def test_nats_own_hooks_separate_even_where_no_nat_chain_is() -> None:

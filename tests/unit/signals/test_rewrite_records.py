@@ -116,7 +116,9 @@ def test_constants_are_those_of_the_header(tmp_path: Path) -> None:
         "TAIL_BYTES": batch.TAIL_BYTES,
     }
     assert numbers(tmp_path, HEADER, *expected) == expected
-    (answers,) = re.findall(r"^#define ANSWERS (\d+)$", (BPF / "rewrite.bpf.c").read_text(), re.MULTILINE)
+    (answers,) = re.findall(
+        r"^#define ANSWERS (\d+)$", (BPF / "include/kptrace/rewrite_socket.h").read_text(), re.MULTILINE
+    )
     assert int(answers) == rewrite_outcome.ANSWERS_SEEN
 
 
