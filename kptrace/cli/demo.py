@@ -8,13 +8,15 @@ import click
 
 from kptrace.cli import logs
 from kptrace.experiments.demo import DemoOptions, Kept, run_demo
+from kptrace.experiments.demo_result import DemoResult
 from kptrace.experiments.netns import sweep
 
 
-def _keep(kept: Kept) -> None:
+def _stay(kept: Kept) -> None:
     """Stay up until Ctrl-C."""
     click.echo(
-        f"\nStill running: {kept.url}/metrics (the node: nsenter --net={kept.netns} nft list ruleset). Ctrl-C ends it."
+        f"\nStill running: {kept.url}/metrics (the node: nsenter --net={kept.netns} nft list ruleset). Ctrl-C ends it.",
+        err=True,
     )
     try:
         signal.pause()
@@ -37,7 +39,20 @@ def command(*, as_json: bool, keep: bool, sizes: tuple[int, ...]) -> int:
     logs.configure("console", "warning")
     for name in sweep():
         click.echo(f"removed {name}, left behind by a killed run", err=True)
-    options = DemoOptions(sizes=sizes or (100, 2000), keep=_keep if keep else None)
+
+    def show(result: DemoResult) -> None:
+        if as_json:
+            click.echo(json.dumps(result.as_json(), indent=2))
+        else:
+            click.echo(result.as_table())
+            click.echo("From /metrics:\n  " + "\n  ".join(result.metrics))
+
+    def stay(kept: Kept) -> None:
+        show(kept.result)
+        _stay(kept)
+
+    options = DemoOptions(sizes=sizes or (100, 2000), keep=stay if keep else None)
     result = run_demo(options, lambda line: click.echo(line, err=True))
-    click.echo(json.dumps(result.as_json(), indent=2) if as_json else result.as_table())
+    if not keep:
+        show(result)
     return 0

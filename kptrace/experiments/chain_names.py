@@ -23,15 +23,29 @@ def host_port(endpoint: Endpoint) -> str:
     return f"[{endpoint.ip}]:{endpoint.port}" if ":" in endpoint.ip else f"{endpoint.ip}:{endpoint.port}"
 
 
+def _nftables_base(service: ServiceSpec) -> str:
+    base = f"{service.port.namespace}/{service.port.name}/{service.protocol}/{service.port.port}"
+    return f"{_hash(base, NFTABLES_HASH_LENGTH)}-{base}"
+
+
 def nftables_service_chain(service: ServiceSpec) -> str:
     """`service-AXK6CI2C-demo/web/tcp/http`."""
-    base = f"{service.port.namespace}/{service.port.name}/{service.protocol}/{service.port.port}"
-    return f"service-{_hash(base, NFTABLES_HASH_LENGTH)}-{base}"
+    return f"service-{_nftables_base(service)}"
+
+
+def nftables_external_chain(service: ServiceSpec) -> str:
+    """`external-AXK6CI2C-demo/web/tcp/http`: where packets to the external address go first."""
+    return f"external-{_nftables_base(service)}"
 
 
 def iptables_service_chain(service: ServiceSpec) -> str:
     """`KUBE-SVC-XRY76EGRC3BSCIIJ`."""
     return "KUBE-SVC-" + _hash(service.full_name + service.protocol, IPTABLES_HASH_LENGTH)
+
+
+def iptables_external_chain(service: ServiceSpec) -> str:
+    """`KUBE-EXT-XRY76EGRC3BSCIIJ`: where packets to the external address go first."""
+    return "KUBE-EXT-" + _hash(service.full_name + service.protocol, IPTABLES_HASH_LENGTH)
 
 
 def iptables_endpoint_chain(service: ServiceSpec, endpoint: Endpoint) -> str:

@@ -4,6 +4,7 @@
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from kptrace.experiments import traffic
@@ -13,9 +14,10 @@ from kptrace.experiments.interrupts import interruptible
 from kptrace.experiments.manifests import identity_text
 from kptrace.experiments.node import EmbeddedNode
 from kptrace.experiments.rulesets import DATA_PLANES, nat_chain
-from kptrace.experiments.scrape import Scrape
+from kptrace.experiments.scrape import Distribution, Scrape
 from kptrace.experiments.services import make_services
 from kptrace.experiments.writer import RuleWriter
+from kptrace.model.metrics import OTHER
 from kptrace.model.netfilter import DataPlane, Hook, IpFamily
 
 LOOKUP = "kptrace_lookup_duration_seconds"
@@ -29,6 +31,12 @@ _EXCERPT = (
     "kptrace_service_lookup_duration",
 )
 _EXCERPT_LINES = 3
+SERVICE = "kptrace_service_lookup_duration_seconds"
+#: The daemon chooses the Services that it names every 10 s.
+_NAMES_SECONDS = 12.0
+_QUANTILES = (0.5, 0.99)
+#: Clusters have Services inside and some that are reached from outside too. A third is a choice, not a measured share.
+EXTERNAL_EVERY = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +61,10 @@ class DemoOptions:
     Attributes:
         dataplanes, sizes: the cells: each data plane with each number of Services, in this order.
         endpoints: back ends of each Service.
-        connections: TCP connections to random Services in each cell (a prime number: no multiple of anything).
-        changes: one-endpoint changes in each cell.
+        connections: TCP connections in each cell, to random ones of all the Services' addresses (a prime number: no
+            multiple of anything).
+        changes: one-endpoint changes in each cell, at least one. On a real node rules change while packets come, so a
+            share of the connections is made after each.
         command: the daemon's command line.
         keep: called with the last cell's node still up; everything ends when it returns.
     """
@@ -89,6 +99,10 @@ def _labels(dataplane: DataPlane) -> dict[str, str]:
     }
 
 
+def _named(scrape: Scrape) -> bool:
+    return any(f'service_name="{OTHER}"' not in line for line in scrape.lines(f"{SERVICE}_count"))
+
+
 def _excerpt(scrape: Scrape, dataplane: DataPlane) -> tuple[str, ...]:
     """The counts and sums of the metrics that the table is made of."""
     shown: list[str] = []
@@ -98,47 +112,41 @@ def _excerpt(scrape: Scrape, dataplane: DataPlane) -> tuple[str, ...]:
     return tuple(shown)
 
 
-def _lookups(
+def _measure(
     node: EmbeddedNode, daemon: DaemonProcess, dataplane: DataPlane, writer: RuleWriter, options: DemoOptions
-) -> LookupRow:
-    """Send connections and read what was measured of them."""
-    labels = _labels(dataplane)
-    before = daemon.scrape().distribution(LOOKUP, **labels)
-    addresses = [service.address for service in writer.services]
-    chosen = traffic.targets(addresses, options.connections)
-    sent = traffic.tcp_connections(node.client, chosen, traffic.client_sources(IpFamily.IPV4))
-    measured = daemon.scrape_until(
-        lambda scrape: scrape.distribution(LOOKUP, **labels).since(before).count >= sent.total
-    )
-    found = measured.distribution(LOOKUP, **labels).since(before)
-    p50, p99 = (found.quantile(q) * 1e9 for q in (0.5, 0.99))
-    return LookupRow(dataplane, len(addresses), sent.total, found.count, p50, p99)
-
-
-def _rewrites(
-    daemon: DaemonProcess, dataplane: DataPlane, writer: RuleWriter, options: DemoOptions
-) -> RewriteRow:
-    """Change endpoints and read what was measured of that."""
+) -> tuple[LookupRow, RewriteRow]:
+    """Change endpoints, send a share of the connections after each change, and read what was measured of both."""
     table, _ = nat_chain(dataplane, Hook.PREROUTING)
-    labels = {"dataplane": dataplane, "table": table, "outcome": "committed"}
+    lookups = _labels(dataplane)
+    rewrites = {"dataplane": dataplane, "table": table, "outcome": "committed"}
+    addresses = [address for service in writer.services for address in service.addresses]
+    chosen = iter(traffic.targets(addresses, options.connections))
+    sources = traffic.client_sources(IpFamily.IPV4)
     before = daemon.scrape()
-    written = writer.churn(options.changes)
-    earlier = before.distribution(REWRITE, **labels)
-    measured = daemon.scrape_until(
-        lambda scrape: scrape.distribution(REWRITE, **labels).since(earlier).count >= written.nat_commits
-    )
-    found = measured.distribution(REWRITE, **labels).since(earlier)
-    p50, p99 = (found.quantile(q) * 1e3 for q in (0.5, 0.99))
-    objects = [scrape.total(OBJECTS, dataplane=dataplane, table=table) for scrape in (before, measured)]
-    return RewriteRow(
-        dataplane,
-        len(writer.services),
-        found.count,
-        written.nat_commits,
-        p50,
-        p99,
-        round(objects[1] - objects[0]),
-    )
+    sent, made = 0, 0
+    shares = traffic.spread(options.connections, options.changes)
+    for written, share in zip(writer.changing(options.changes), shares, strict=True):
+        made += written.nat_commits
+        sent += traffic.tcp_connections(node.client, list(islice(chosen, share)), sources).total
+
+    def found(scrape: Scrape) -> tuple[Distribution, Distribution]:
+        return (
+            scrape.distribution(LOOKUP, **lookups).since(before.distribution(LOOKUP, **lookups)),
+            scrape.distribution(REWRITE, **rewrites).since(before.distribution(REWRITE, **rewrites)),
+        )
+
+    def complete(scrape: Scrape) -> bool:
+        packets, commits = found(scrape)
+        return packets.count >= sent and commits.count >= made
+
+    after = daemon.scrape_until(complete)
+    packets, commits = found(after)
+    objects = [scrape.total(OBJECTS, dataplane=dataplane, table=table) for scrape in (before, after)]
+    size, changed = len(writer.services), round(objects[1] - objects[0])
+    p50, p99 = (packets.quantile(q) * 1e9 for q in _QUANTILES)
+    lookup = LookupRow(dataplane, size, sent, packets.count, p50, p99)
+    p50, p99 = (commits.quantile(q) * 1e3 for q in _QUANTILES)
+    return lookup, RewriteRow(dataplane, size, commits.count, made, p50, p99, changed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +175,8 @@ def run_demo(options: DemoOptions, progress: Callable[[str], None]) -> DemoResul
     plan = [(dataplane, size) for dataplane in options.dataplanes for size in options.sizes]
     with interruptible():
         for number, (dataplane, size) in enumerate(plan, 1):
-            keep = options.keep if number == len(plan) else None
             say = _Prefixed(progress, f"[{number}/{len(plan)}] {dataplane}, {size} services: ")
-            cells.append(_run_cell(dataplane, size, options, say, keep, cells))
+            cells.append(_run_cell(dataplane, size, options, say, cells, final=number == len(plan)))
     return _result(cells)
 
 
@@ -188,13 +195,14 @@ def _run_cell(
     size: int,
     options: DemoOptions,
     progress: Callable[[str], None],
-    keep: Callable[[Kept], None] | None,
     done: Sequence[_Cell],
+    *,
+    final: bool,
 ) -> _Cell:
-    """One data plane at one size, on a fresh node."""
+    """One data plane at one size, on a fresh node; the `final` one is shown, and kept if that is wanted."""
     with tempfile.TemporaryDirectory(prefix="kptrace-demo-") as name, EmbeddedNode() as node:
         folder = Path(name)
-        services = make_services(size, options.endpoints)
+        services = make_services(size, options.endpoints, external_every=EXTERNAL_EVERY)
         progress("installing rules")
         writer = RuleWriter(node.node, dataplane)
         writer.install(services)
@@ -203,14 +211,14 @@ def _run_cell(
         progress("starting kptrace")
         with DaemonProcess(options.command(request), request.ready_file, folder / "log") as daemon:
             first = daemon.scrape()
-            progress(f"sending {options.connections} connections")
-            lookup = _lookups(node, daemon, dataplane, writer, options)
-            progress(f"changing {options.changes} endpoints")
-            rewrite = _rewrites(daemon, dataplane, writer, options)
-            last = daemon.scrape()
+            progress(f"{options.connections} connections between {options.changes} endpoint changes")
+            lookup, rewrite = _measure(node, daemon, dataplane, writer, options)
+            if final:
+                progress("until the busiest services are named")
+            last = daemon.scrape_until(_named, seconds=_NAMES_SECONDS) if final else daemon.scrape()
             losses = sum(last.total(name) - first.total(name) for name in LOSSES)
             excerpt = _excerpt(last, dataplane)
             cell = _Cell(lookup, rewrite, daemon.startup_seconds, round(losses), excerpt)
-            if keep is not None:
-                keep(Kept(daemon.url, node.node.path, _result([*done, cell])))
+            if final and options.keep is not None:
+                options.keep(Kept(daemon.url, node.node.path, _result([*done, cell])))
     return cell

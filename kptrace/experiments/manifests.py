@@ -29,18 +29,25 @@ def _service(specs: Sequence[ServiceSpec]) -> Object:
         }
         for spec in specs
     }
-    return {
+    external = list(dict.fromkeys(spec.external.ip for spec in specs if spec.external is not None))
+    # A load balancer that sends to the external address itself needs no node port.
+    kind: Object = {"type": "LoadBalancer", "allocateLoadBalancerNodePorts": False}
+    found: Object = {
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": {"namespace": first.port.namespace, "name": first.port.name},
         "spec": {
-            "type": "ClusterIP",
+            **(kind if external else {"type": "ClusterIP"}),
             "clusterIP": ips[0],
             "clusterIPs": ips,
             "ipFamilies": families,
             "ports": list(ports.values()),
         },
     }
+    if external:
+        ingress = [{"ip": ip, "ipMode": "VIP"} for ip in external]
+        found["status"] = {"loadBalancer": {"ingress": ingress}}
+    return found
 
 
 def _endpoint(endpoint: Endpoint) -> Object:

@@ -4,14 +4,19 @@
 from collections.abc import Iterator, Sequence
 from ipaddress import ip_address
 
-from kptrace.experiments.chain_names import host_port, iptables_endpoint_chain, iptables_service_chain
+from kptrace.experiments.chain_names import (
+    host_port,
+    iptables_endpoint_chain,
+    iptables_external_chain,
+    iptables_service_chain,
+)
 from kptrace.experiments.services import PLANS, ServiceSpec
-from kptrace.model.identity import Endpoint
+from kptrace.model.identity import Endpoint, ServiceAddress
 from kptrace.model.netfilter import IpFamily
 
 #: Above so many endpoints kube-proxy leaves the endpoints' comments out ("large cluster mode").
 LARGE_ENDPOINTS = 1000
-_MARK = "0x4000"
+_MARK = "0x00004000"
 _FILTER_CHAINS = (
     "KUBE-SERVICES",
     "KUBE-EXTERNAL-SERVICES",
@@ -61,9 +66,9 @@ def is_large(services: Sequence[ServiceSpec]) -> bool:
     return sum(len(service.endpoints) for service in services) > LARGE_ENDPOINTS
 
 
-def _match(service: ServiceSpec) -> str:
-    protocol = service.protocol
-    return f"-m {protocol} -p {protocol} -d {service.address.ip} --dport {service.address.port}"
+def _match(address: ServiceAddress) -> str:
+    protocol = address.protocol.name.lower()
+    return f"-m {protocol} -p {protocol} -d {address.ip} --dport {address.port}"
 
 
 def _filter_table(services: Sequence[ServiceSpec]) -> Iterator[str]:
@@ -71,10 +76,13 @@ def _filter_table(services: Sequence[ServiceSpec]) -> Iterator[str]:
     yield from (f":{chain} - [0:0]" for chain in _FILTER_CHAINS)
     for service in services:
         if not service.endpoints:
-            yield (
-                f'-A KUBE-SERVICES -m comment --comment "{service.full_name} has no endpoints" '
-                f"{_match(service)} -j REJECT"
-            )
+            for chain, address in zip(
+                ("KUBE-SERVICES", "KUBE-EXTERNAL-SERVICES"), service.addresses, strict=False
+            ):
+                yield (
+                    f'-A {chain} -m comment --comment "{service.full_name} has no endpoints" '
+                    f"{_match(address)} -j REJECT"
+                )
     yield "-A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP"
     yield (
         '-A KUBE-FORWARD -m comment --comment "kubernetes forwarding rules" '
@@ -87,14 +95,32 @@ def _filter_table(services: Sequence[ServiceSpec]) -> Iterator[str]:
     yield "COMMIT"
 
 
+def _dispatch_rules(service: ServiceSpec) -> Iterator[str]:
+    """What leads from KUBE-SERVICES to a Service: its cluster IP and its external address."""
+    jumps_to = [("cluster IP", service.address, iptables_service_chain(service))]
+    if service.external is not None:
+        jumps_to.append(("loadbalancer IP", service.external, iptables_external_chain(service)))
+    for what, address, chain in jumps_to:
+        comment = f'-m comment --comment "{service.full_name} {what}"'
+        yield f"-A KUBE-SERVICES {comment} {_match(address)} -j {chain}"
+
+
 def _service_rules(service: ServiceSpec, *, large: bool) -> Iterator[str]:
-    """The rules in a Service's own chain."""
+    """The rules in a Service's own chain, and in that of its external address."""
     chain = iptables_service_chain(service)
     cluster = PLANS[service.family].cluster
     yield (
-        f'-A {chain} -m comment --comment "{service.full_name} cluster IP" {_match(service)} '
+        f'-A {chain} -m comment --comment "{service.full_name} cluster IP" {_match(service.address)} '
         f"! -s {cluster} -j KUBE-MARK-MASQ"
     )
+    if service.external is not None:
+        external = iptables_external_chain(service)
+        # Policy Cluster: the back end may be on another node, so the answer has to come back by this one.
+        yield (
+            f'-A {external} -m comment --comment "masquerade traffic for {service.full_name} external destinations" '
+            "-j KUBE-MARK-MASQ"
+        )
+        yield f"-A {external} -j {chain}"
     left = len(service.endpoints)
     for endpoint in service.endpoints:
         comment = "" if large else f'-m comment --comment "{service.full_name} -> {host_port(endpoint)}" '
@@ -124,6 +150,8 @@ def _nat_table(
     yield from (f":{chain} - [0:0]" for chain in _NAT_CHAINS)
     backed = [service for service in written if service.endpoints]
     for service in backed:
+        if service.external is not None:
+            yield f":{iptables_external_chain(service)} - [0:0]"
         yield f":{iptables_service_chain(service)} - [0:0]"
         yield from (
             f":{iptables_endpoint_chain(service, endpoint)} - [0:0]" for endpoint in service.endpoints
@@ -138,10 +166,7 @@ def _nat_table(
     yield f"-A KUBE-MARK-MASQ -j MARK --or-mark {_MARK}"
     for service in services:
         if service.endpoints:
-            yield (
-                f'-A KUBE-SERVICES -m comment --comment "{service.full_name} cluster IP" {_match(service)} '
-                f"-j {iptables_service_chain(service)}"
-            )
+            yield from _dispatch_rules(service)
     for service in backed:
         yield from _service_rules(service, large=large)
         for endpoint in service.endpoints:
@@ -172,6 +197,8 @@ def change(services: Sequence[ServiceSpec], before: ServiceSpec, after: ServiceS
     ]
     if before.endpoints and not after.endpoints:
         stale.append(iptables_service_chain(before))
+        if before.external is not None:
+            stale.append(iptables_external_chain(before))
     lines = [*_filter_table(services), *_nat_table(services, [after], stale, large=is_large(services))]
     return "\n".join(lines) + "\n"
 

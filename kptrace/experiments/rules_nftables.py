@@ -3,12 +3,12 @@
 
 from collections.abc import Iterator, Sequence
 
-from kptrace.experiments.chain_names import nftables_service_chain
+from kptrace.experiments.chain_names import nftables_external_chain, nftables_service_chain
 from kptrace.experiments.services import PLANS, ServiceSpec
 from kptrace.model.netfilter import IpFamily
 
 TABLE = "kube-proxy"
-_MASQUERADE_MARK = "0x4000"
+_MASQUERADE_MARK = "0x00004000"
 
 #: Base chains: name, type, hook, priority.
 BASE_CHAINS = (
@@ -109,32 +109,51 @@ def _service_rule(service: ServiceSpec, chain: str) -> str:
     )
 
 
-def _chain_of(service: ServiceSpec) -> Iterator[str]:
-    ip = _family(service.family)[0]
+def _chains_of(service: ServiceSpec) -> Iterator[str]:
+    """The chains of a Service with endpoints: its own, and that of its external address."""
+    if service.endpoints:
+        yield nftables_service_chain(service)
+        if service.external is not None:
+            yield nftables_external_chain(service)
+
+
+def _emptied(service: ServiceSpec) -> Iterator[str]:
+    """What makes these chains, or empties them."""
+    where = f"{_family(service.family)[0]} {TABLE}"
+    for chain in _chains_of(service):
+        yield f"add chain {where} {chain}"
+        yield f"flush chain {where} {chain}"
+
+
+def _rules_of(service: ServiceSpec) -> Iterator[str]:
+    """The rules in these chains."""
+    if not service.endpoints:
+        return
     chain = nftables_service_chain(service)
-    yield f"add chain {ip} {TABLE} {chain}"
-    yield f"flush chain {ip} {TABLE} {chain}"
-    if service.endpoints:
-        yield _service_rule(service, chain)
+    if service.external is not None:
+        # Policy Cluster: the back end may be on another node, so the answer has to come back by this one.
+        external = f"add rule {_family(service.family)[0]} {TABLE} {nftables_external_chain(service)}"
+        yield f'{external} mark set mark or {_MASQUERADE_MARK} comment "masquerade"'
+        yield f"{external} goto {chain}"
+    yield _service_rule(service, chain)
 
 
-def _element(service: ServiceSpec) -> tuple[str, str, str]:
-    """The map element that a packet to the Service's address finds: where it is, its key, and comment and verdict."""
+def _elements(service: ServiceSpec) -> Iterator[tuple[str, str, str]]:
+    """The map elements that packets to the Service's addresses find: where, its key, and comment and verdict."""
     ip = _family(service.family)[0]
-    address = service.address
-    key = f"{address.ip} . {service.protocol} . {address.port}"
-    if service.endpoints:
-        return f"element {ip} {TABLE} service-ips", key, f": goto {nftables_service_chain(service)}"
-    return (
-        f"element {ip} {TABLE} no-endpoint-services",
-        key,
-        f'comment "{service.full_name}" : goto reject-chain',
-    )
+    for address in service.addresses:
+        key = f"{address.ip} . {service.protocol} . {address.port}"
+        if service.endpoints:
+            own = address is service.address
+            chain = nftables_service_chain(service) if own else nftables_external_chain(service)
+            yield f"element {ip} {TABLE} service-ips", key, f": goto {chain}"
+        else:
+            verdict = f'comment "{service.full_name}" : goto reject-chain'
+            yield f"element {ip} {TABLE} no-endpoint-services", key, verdict
 
 
-def _add_element(service: ServiceSpec) -> str:
-    where, key, value = _element(service)
-    return f"add {where} {{ {key} {value} }}"
+def _add_elements(service: ServiceSpec) -> list[str]:
+    return [f"add {where} {{ {key} {value} }}" for where, key, value in _elements(service)]
 
 
 def full(family: IpFamily, services: Sequence[ServiceSpec], *, counters: bool = False) -> str:
@@ -159,21 +178,24 @@ def full(family: IpFamily, services: Sequence[ServiceSpec], *, counters: bool = 
         lines.append(f"flush {what} {where} {name}")
     lines += [f"add rule {where} {chain} {rule}" for chain, rule in _static_rules(family, counters=counters)]
     for service in services:
-        lines += _chain_of(service)
+        lines += [*_emptied(service), *_rules_of(service)]
     # A Service with several ports has its address once.
     for address in dict.fromkeys(service.address.ip for service in services):
         lines.append(f"add element {where} cluster-ips {{ {address} }}")
-    lines += [_add_element(service) for service in services]
+    for service in services:
+        lines += _add_elements(service)
     return "\n".join(lines) + "\n"
 
 
 def change(before: ServiceSpec, after: ServiceSpec) -> str:
     """The partial sync of one Service whose endpoints changed."""
-    lines = list(_chain_of(after))
-    if bool(before.endpoints) != bool(after.endpoints):
-        where, key, _ = _element(before)
-        lines.append(f"delete {where} {{ {key} }}")
-        lines.append(_add_element(after))
+    moved = bool(before.endpoints) != bool(after.endpoints)
+    lines = [*_emptied(after), *(_add_elements(after) if moved else ()), *_rules_of(after)]
+    if moved:
+        # Chains that nothing leads to any more stay, empty: kube-proxy removes them a sync later.
+        where = f"{_family(after.family)[0]} {TABLE}"
+        lines += [f"flush chain {where} {chain}" for chain in _chains_of(before)]
+        lines += [f"delete {where} {{ {key} }}" for where, key, _ in _elements(before)]
     return "\n".join(lines) + "\n"
 
 

@@ -22,6 +22,7 @@ class AddressPlan:
 
     Attributes:
         services: cluster IPs.
+        external: addresses of load balancers: outside the cluster, and no interface has them.
         backends: addresses of back ends: any of them answers.
         clients: source addresses of clients; inside `cluster`, so kube-proxy's rules do not masquerade them.
         cluster: what kube-proxy gets as `--cluster-cidr`: back ends and clients, not the node.
@@ -29,6 +30,7 @@ class AddressPlan:
     """
 
     services: Network
+    external: Network
     backends: Network
     clients: Network
     cluster: Network
@@ -39,6 +41,7 @@ class AddressPlan:
 PLANS = {
     IpFamily.IPV4: AddressPlan(
         services=ipaddress.ip_network("10.96.0.0/16"),
+        external=ipaddress.ip_network("10.97.0.0/16"),
         backends=ipaddress.ip_network("10.244.0.0/14"),
         clients=ipaddress.ip_network("10.240.0.0/16"),
         cluster=ipaddress.ip_network("10.240.0.0/12"),
@@ -47,6 +50,7 @@ PLANS = {
     ),
     IpFamily.IPV6: AddressPlan(
         services=ipaddress.ip_network("fd00:96::/112"),
+        external=ipaddress.ip_network("fd00:97::/112"),
         backends=ipaddress.ip_network("fd00:244::/64"),
         clients=ipaddress.ip_network("fd00:240::/64"),
         cluster=ipaddress.ip_network("fd00:240::/29"),
@@ -58,11 +62,24 @@ PLANS = {
 
 @dataclass(frozen=True, slots=True)
 class ServiceSpec:
-    """One Service port, where it is reached, and its back ends."""
+    """One Service port, where it is reached, and its back ends.
+
+    Attributes:
+        port: its names.
+        address: its cluster IP.
+        endpoints: its back ends.
+        external: its load balancer's address, where it has one (policy Cluster, no node port).
+    """
 
     port: ServicePort
     address: ServiceAddress
     endpoints: tuple[Endpoint, ...]
+    external: ServiceAddress | None = None
+
+    @property
+    def addresses(self) -> tuple[ServiceAddress, ...]:
+        """Wherever it is reached: the cluster IP, then the external address."""
+        return (self.address,) if self.external is None else (self.address, self.external)
 
     @property
     def family(self) -> IpFamily:
@@ -90,10 +107,12 @@ def make_services(
     port: int = 80,
     target_port: int = BACKEND_PORT,
     namespace: str = "demo",
+    external_every: int = 0,
 ) -> tuple[ServiceSpec, ...]:
     """`count` Services with `endpoints` back ends each, numbered from `first` on.
 
-    The same numbers in two families are the same Services: same names, an address in each.
+    The same numbers in two families are the same Services: same names, an address in each. Those whose number is a
+    multiple of `external_every` have an external address too; none has where that is 0.
 
     Raises:
         ValueError: the ranges of the embedded node do not hold so many.
@@ -101,8 +120,9 @@ def make_services(
     plan = PLANS[family]
     if (first + count) * endpoints + 1 >= plan.backends.num_addresses // 2:
         raise ValueError(f"{plan.backends} does not hold {count} x {endpoints} endpoints")
-    if first + count + _FIRST_SERVICE >= plan.services.num_addresses:
-        raise ValueError(f"{plan.services} does not hold {count} Services")
+    for network in (plan.services, plan.external):
+        if first + count + _FIRST_SERVICE >= network.num_addresses:
+            raise ValueError(f"{network} does not hold {count} Services")
     name = "http" if protocol is Protocol.TCP else protocol.name.lower()
     return tuple(
         ServiceSpec(
@@ -114,6 +134,9 @@ def make_services(
                 )
                 for index in range(endpoints)
             ),
+            ServiceAddress(str(plan.external[_FIRST_SERVICE + number]), port, protocol)
+            if external_every and number % external_every == 0
+            else None,
         )
         for number in range(first, first + count)
     )

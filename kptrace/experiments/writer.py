@@ -2,7 +2,7 @@
 """Writes rules into an embedded node as kube-proxy does: by the real tools, one run a sync. Measures nothing."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kptrace.experiments.netns import Namespace
@@ -93,16 +93,18 @@ class RuleWriter:
         self.services = services
         return written
 
-    def churn(self, changes: int, *, seed: int = 0) -> Written:
-        """Change one endpoint of a random Service, `changes` times, one after the other."""
+    def changing(self, changes: int, *, seed: int = 0) -> Iterator[Written]:
+        """Change one endpoint of a random Service before each of `changes` steps of the caller's."""
         if not self.services:
             raise KptraceError("no rules are installed", remedy="install some before they are changed")
         chooser = random.Random(seed)
-        written = Written()
         for step in range(changes):
             index = chooser.randrange(len(self.services))
-            written += self.replace(index, change_endpoint(self.services[index], step))
-        return written
+            yield self.replace(index, change_endpoint(self.services[index], step))
+
+    def churn(self, changes: int, *, seed: int = 0) -> Written:
+        """Change one endpoint of a random Service, `changes` times, one after the other."""
+        return sum(self.changing(changes, seed=seed), Written())
 
     def remove(self) -> Written:
         """Take all rules away."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from kptrace.experiments.flood import flood
 from kptrace.experiments.netns import RUN_NETNS, Namespace, sweep
 from kptrace.experiments.node import EmbeddedNode
 from kptrace.experiments.rulesets import DATA_PLANES
-from kptrace.experiments.services import SINK_PORT, change_endpoint, make_services
+from kptrace.experiments.services import PLANS, SINK_PORT, change_endpoint, make_services
 from kptrace.experiments.writer import RuleWriter
 from kptrace.model.errors import KptraceError
 from kptrace.model.identity import Protocol
@@ -104,6 +105,48 @@ def test_a_service_without_endpoints_is_rejected_until_it_has_one(
         traffic.tcp_connections(node.client, [empty.address], sources)
 
 
+@pytest.mark.parametrize("family", IpFamily)
+@pytest.mark.parametrize("dataplane", DATA_PLANES)
+def test_an_external_address_leads_to_its_service(
+    node: EmbeddedNode, dataplane: DataPlane, family: IpFamily
+) -> None:
+    """Connections to external addresses are answered by their Service's own back ends, which see the node as client."""
+    services = make_services(7, family=family, external_every=3)
+    writer = RuleWriter(node.node, dataplane, family)
+    writer.install(services)
+    sources = traffic.client_sources(family)
+    reached = [service for service in services if service.external is not None]
+    assert len(reached) == 3
+    for service in reached:
+        assert service.external is not None
+        sent = traffic.tcp_connections(node.client, [service.external] * 23, sources)
+        assert set(sent.endpoints) <= {f"{end.ip} {end.port}" for end in service.endpoints}
+    assert writer.first_packets(Hook.PREROUTING) == 23 * len(reached)
+    listed = node.node.run(["conntrack", "-L", "-f", "ipv4" if family is IpFamily.IPV4 else "ipv6"])
+    answered_to = f" dst={PLANS[family].backend_link[1]} "
+    assert sum(answered_to in line for line in listed.splitlines()) == 23 * len(reached)
+
+
+@pytest.mark.parametrize("dataplane", DATA_PLANES)
+def test_an_external_address_is_rejected_while_there_are_no_endpoints(
+    node: EmbeddedNode, dataplane: DataPlane
+) -> None:
+    """Both addresses follow the Service from endpoints to none and back, and other changes of endpoints."""
+    services = make_services(4, external_every=3)
+    writer = RuleWriter(node.node, dataplane)
+    writer.install(services)
+    sources = traffic.client_sources(IpFamily.IPV4)
+    writer.replace(3, replace(services[3], endpoints=()))
+    for address in services[3].addresses:
+        with pytest.raises(KptraceError, match="refused"):
+            traffic.tcp_connections(node.client, [address], sources)
+    assert traffic.tcp_connections(node.client, services[0].addresses, sources).total == 2
+    writer.replace(3, services[3])
+    writer.replace(3, changed := change_endpoint(services[3], 5))
+    sent = traffic.tcp_connections(node.client, services[3].addresses * 11, sources)
+    assert set(sent.endpoints) == {f"{end.ip} {end.port}" for end in changed.endpoints}
+
+
 @pytest.mark.parametrize("dataplane", DATA_PLANES)
 def test_removed_rules_are_gone(node: EmbeddedNode, dataplane: DataPlane) -> None:
     """After `remove` neither nft nor iptables shows a chain of kube-proxy's, and a second installation works."""
@@ -177,7 +220,6 @@ import subprocess, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 netns, ready = sys.argv[1:]
 LABELS = 'dataplane="nftables",family="ipv4",hook="prerouting",table="kube-proxy",chain="nat-prerouting",walk="first"'
-scrapes = []  # after the traffic: the demo's third is the first one after its changes
 def counted():
     listed = subprocess.run(
         ["nsenter", f"--net={netns}", "nft", "list", "chain", "ip", "kube-proxy", "nat-prerouting"],
@@ -191,10 +233,10 @@ class Handler(BaseHTTPRequestHandler):
         body = "ok"
         if self.path == "/metrics":
             n = counted()
-            scrapes.extend([1] if n else [])
-            rewrites = 5 if len(scrapes) > 2 else 0
+            rewrites = 5 if n else 0  # the demo's changes are over when it looks after its connections
             body = histogram("kptrace_lookup_duration_seconds", LABELS, 2e-06, n)
             body += f'kptrace_lookup_duration_seconds_count{{{LABELS}}} {n}\\n'
+            body += f'kptrace_service_lookup_duration_seconds_count{{dataplane="nftables",service_name="web-00000"}} {n}\\n'
             rewrite = 'dataplane="nftables",table="kube-proxy",outcome="committed"'
             body += histogram("kptrace_rewrite_duration_seconds", rewrite, 0.001, rewrites)
             body += f'kptrace_rewrite_objects_total{{dataplane="nftables",table="kube-proxy"}} {rewrites * 7}\\n'
@@ -237,6 +279,7 @@ def test_the_demo_puts_what_it_sent_beside_what_was_counted() -> None:
     assert [one.result for one in kept] == [result]
     assert any(line.startswith("[2/2] nftables, 30 services") for line in progress)
     assert result.metrics[0].startswith("kptrace_lookup_duration_seconds_count{")
+    assert any('service_name="web-00000"' in line for line in result.metrics)
     assert own_namespaces() == []
 
 

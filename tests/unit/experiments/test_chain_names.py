@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chain names' hashes against names that the real kube-proxy wrote."""
 
+from dataclasses import replace
+
 from kptrace.experiments.chain_names import (
     host_port,
     iptables_endpoint_chain,
+    iptables_external_chain,
     iptables_service_chain,
+    nftables_external_chain,
     nftables_service_chain,
 )
 from kptrace.experiments.services import ServiceSpec
@@ -31,6 +35,13 @@ def test_iptables_endpoint_chains_are_named_as_kube_proxy_named_them() -> None:
     """Both endpoints' chains have the names that kube-proxy 1.36 gave them."""
     names = [iptables_endpoint_chain(WEB, endpoint) for endpoint in WEB.endpoints]
     assert names == ["KUBE-SEP-4R67FX26EEAQJQLI", "KUBE-SEP-UZD5V5ZXLABHQ6GD"]
+
+
+def test_external_chains_are_named_as_kube_proxy_named_them() -> None:
+    """An external address's chains have the Service chains' hashes under names of their own."""
+    web = replace(WEB, port=ServicePort("probe", "web-00000", "http", Protocol.TCP))
+    assert nftables_external_chain(web) == "external-3YSYHHIQ-probe/web-00000/tcp/http"
+    assert iptables_external_chain(web) == "KUBE-EXT-TCZQ6L7JF37WIBMN"
 
 
 def test_an_ipv6_endpoint_is_written_in_brackets() -> None:

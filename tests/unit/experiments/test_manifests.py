@@ -6,6 +6,8 @@ import yaml
 
 from kptrace.experiments.manifests import identity_text, objects
 from kptrace.experiments.services import make_services
+from kptrace.identity.objects import decode
+from kptrace.identity.records import Kind, ServiceRecord
 from kptrace.model.netfilter import IpFamily
 
 
@@ -45,6 +47,22 @@ def test_two_families_of_one_name_are_one_service() -> None:
     assert found[0]["spec"]["clusterIPs"] == [service.address.ip for service in services]
     assert found[0]["spec"]["ipFamilies"] == ["IPv4", "IPv6"]
     assert len(found[0]["spec"]["ports"]) == 1
+
+
+def test_an_external_address_is_that_of_a_load_balancer() -> None:
+    """A Service with one is of type LoadBalancer, and kptrace reads both of its addresses from the file."""
+    services = make_services(4, external_every=3)
+    found = [one for one in objects(services) if one["kind"] == "Service"]
+    assert [one["spec"]["type"] for one in found] == [
+        "LoadBalancer",
+        "ClusterIP",
+        "ClusterIP",
+        "LoadBalancer",
+    ]
+    records = [decode(Kind.SERVICES, one) for one in found]
+    assert [record.addresses for record in records if isinstance(record, ServiceRecord)] == [
+        tuple(address.ip for address in service.addresses) for service in services
+    ]
 
 
 def test_a_slice_holds_at_most_a_hundred_endpoints() -> None:

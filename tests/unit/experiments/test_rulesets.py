@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from kptrace.experiments import rules_iptables, rules_nftables, rulesets
 from kptrace.experiments.chain_names import (
     iptables_endpoint_chain,
+    iptables_external_chain,
     iptables_service_chain,
     nftables_service_chain,
 )
@@ -22,11 +24,19 @@ SETS = st.builds(
     st.integers(0, 4),
     family=st.sampled_from(IpFamily),
     protocol=st.sampled_from([Protocol.TCP, Protocol.UDP]),
+    external_every=st.integers(0, 3),
 )
 WEB = ServiceSpec(
     ServicePort("demo", "web", "http", Protocol.TCP),
     ServiceAddress("10.96.10.1", 80, Protocol.TCP),
     tuple(Endpoint(ip, 8080) for ip in ("10.244.1.11", "10.244.2.12", "10.244.2.13")),
+)
+
+BALANCED = ServiceSpec(
+    ServicePort("probe", "web-00000", "http", Protocol.TCP),
+    ServiceAddress("10.96.1.1", 80, Protocol.TCP),
+    tuple(Endpoint(ip, 8080) for ip in ("10.244.0.2", "10.246.0.0")),
+    ServiceAddress("10.97.0.1", 80, Protocol.TCP),
 )
 
 
@@ -53,18 +63,70 @@ def test_one_endpoint_change_is_the_transaction_that_kube_proxy_wrote() -> None:
     )
 
 
+def test_one_change_of_a_balanced_service_is_the_transaction_that_kube_proxy_wrote() -> None:
+    """With an external address the nftables partial sync has its chain too: as kube-proxy 1.36 wrote it."""
+    chains = [f"{kind}-3YSYHHIQ-probe/web-00000/tcp/http" for kind in ("service", "external")]
+    rules = [
+        f'{chains[1]} mark set mark or 0x00004000 comment "masquerade"',
+        f"{chains[1]} goto {chains[0]}",
+        f"{chains[0]} meta l4proto tcp dnat ip addr . port to numgen random mod 2 map "
+        "{ 0 : 10.244.0.2 . 8080 , 1 : 10.246.0.0 . 8080 }",
+    ]
+    assert rules_nftables.change(BALANCED, BALANCED).splitlines() == [
+        *(f"{verb} chain ip kube-proxy {chain}" for chain in chains for verb in ("add", "flush")),
+        *(f"add rule ip kube-proxy {rule}" for rule in rules),
+    ]
+
+
+def test_an_external_address_has_the_iptables_rules_that_kube_proxy_wrote() -> None:
+    """The rules that lead from KUBE-SERVICES to the Service are those that kube-proxy 1.36 wrote, in their order."""
+    nat = iptables_tables(rules_iptables.change([BALANCED], BALANCED, BALANCED))["nat"]
+    assert [line for line in nat if "TCZQ6L7JF37WIBMN" in line and "-> " not in line] == [
+        ":KUBE-EXT-TCZQ6L7JF37WIBMN - [0:0]",
+        ":KUBE-SVC-TCZQ6L7JF37WIBMN - [0:0]",
+        '-A KUBE-SERVICES -m comment --comment "probe/web-00000:http cluster IP" -m tcp -p tcp -d 10.96.1.1 '
+        "--dport 80 -j KUBE-SVC-TCZQ6L7JF37WIBMN",
+        '-A KUBE-SERVICES -m comment --comment "probe/web-00000:http loadbalancer IP" -m tcp -p tcp -d 10.97.0.1 '
+        "--dport 80 -j KUBE-EXT-TCZQ6L7JF37WIBMN",
+        '-A KUBE-SVC-TCZQ6L7JF37WIBMN -m comment --comment "probe/web-00000:http cluster IP" -m tcp -p tcp '
+        "-d 10.96.1.1 --dport 80 ! -s 10.240.0.0/12 -j KUBE-MARK-MASQ",
+        '-A KUBE-EXT-TCZQ6L7JF37WIBMN -m comment --comment "masquerade traffic for probe/web-00000:http external '
+        'destinations" -j KUBE-MARK-MASQ',
+        "-A KUBE-EXT-TCZQ6L7JF37WIBMN -j KUBE-SVC-TCZQ6L7JF37WIBMN",
+    ]
+
+
+def test_a_balanced_service_without_endpoints_is_rejected_at_both_addresses() -> None:
+    """The external address is rejected in a chain of its own, and the external chain is dropped, as kube-proxy does."""
+    empty = replace(BALANCED, endpoints=())
+    tables = iptables_tables(rules_iptables.change([empty], BALANCED, empty))
+    assert [line for line in tables["filter"] if "has no endpoints" in line] == [
+        '-A KUBE-SERVICES -m comment --comment "probe/web-00000:http has no endpoints" -m tcp -p tcp -d 10.96.1.1 '
+        "--dport 80 -j REJECT",
+        '-A KUBE-EXTERNAL-SERVICES -m comment --comment "probe/web-00000:http has no endpoints" -m tcp -p tcp '
+        "-d 10.97.0.1 --dport 80 -j REJECT",
+    ]
+    assert "-X KUBE-EXT-TCZQ6L7JF37WIBMN" in tables["nat"]
+    text = rules_nftables.change(BALANCED, empty)
+    assert [line.split(" { ")[1] for line in text.splitlines() if "no-endpoint-services" in line] == [
+        f'{ip} . tcp . 80 comment "probe/web-00000:http" : goto reject-chain }}'
+        for ip in ("10.96.1.1", "10.97.0.1")
+    ]
+
+
 @given(SETS)
 def test_nftables_has_one_chain_and_one_element_for_each_service(services: tuple[ServiceSpec, ...]) -> None:
-    """Every Service has a chain, one rule if it has endpoints, and one element that leads there or to a reject."""
+    """A Service has a chain with one rule if it has endpoints, and elements that lead its addresses there or to a reject."""
     lines = rules_nftables.full(services[0].family, services).splitlines()
     ip = "ip" if services[0].family is IpFamily.IPV4 else "ip6"
     for service in services:
         chain = f"{ip} kube-proxy {nftables_service_chain(service)}"
-        assert lines.count(f"add chain {chain}") == 1
+        assert lines.count(f"add chain {chain}") == bool(service.endpoints)
         assert sum(line.startswith(f"add rule {chain} ") for line in lines) == bool(service.endpoints)
-        elements = [line for line in lines if f" {service.address.ip} . " in line and "element" in line]
-        (element,) = elements
-        assert ("service-ips" in element) == bool(service.endpoints)
+        for address in service.addresses:
+            elements = [line for line in lines if f" {address.ip} . " in line and "element" in line]
+            (element,) = elements
+            assert ("service-ips" in element) == bool(service.endpoints)
     assert all(f" {ip} kube-proxy" in line for line in lines)
 
 
@@ -72,12 +134,14 @@ def test_nftables_has_one_chain_and_one_element_for_each_service(services: tuple
 def test_nftables_moves_the_element_only_when_the_first_endpoint_comes_or_the_last_goes(
     services: tuple[ServiceSpec, ...], data: st.DataObject
 ) -> None:
-    """A change between endpoints leaves the maps alone; one from or to none moves the Service's element."""
+    """A change between endpoints leaves the maps alone; one from or to none moves the Service's elements."""
     service = data.draw(st.sampled_from(services))
     changed = change_endpoint(service, 1)
     text = rules_nftables.change(service, changed)
     assert ("delete element" in text) == (not service.endpoints)
-    assert text.count("\n") == (3 if service.endpoints else 5)
+    outside = 4 if service.external else 0  # a chain, emptied, and its two rules
+    moved = 0 if service.endpoints else 2 * len(service.addresses)
+    assert text.count("\n") == 3 + outside + moved
 
 
 @given(SETS)
@@ -94,14 +158,21 @@ def test_iptables_defines_every_chain_that_it_leads_to(services: tuple[ServiceSp
 
 @given(SETS)
 def test_iptables_dispatches_each_service_with_endpoints_once(services: tuple[ServiceSpec, ...]) -> None:
-    """KUBE-SERVICES in nat has one rule for each Service with endpoints and ends with the node ports' jump."""
+    """KUBE-SERVICES in nat has one rule for each address of a Service with endpoints and ends with the node ports' jump."""
     tables = iptables_tables(rules_iptables.full(services[0].family, services))
     dispatch = [line for line in tables["nat"] if line.startswith("-A KUBE-SERVICES ")]
     backed = [service for service in services if service.endpoints]
-    targets = [iptables_service_chain(service) for service in backed]
+    targets = [
+        chain
+        for service in backed
+        for chain in (
+            iptables_service_chain(service),
+            *([iptables_external_chain(service)] if service.external else []),
+        )
+    ]
     assert [line.rsplit(" ", 1)[1] for line in dispatch] == [*targets, "KUBE-NODEPORTS"]
     rejected = [line for line in tables["filter"] if "has no endpoints" in line]
-    assert len(rejected) == len(services) - len(backed)
+    assert len(rejected) == sum(len(s.addresses) for s in services if not s.endpoints)
     assert sum("-j DNAT" in line for line in tables["nat"]) == sum(len(s.endpoints) for s in services)
 
 

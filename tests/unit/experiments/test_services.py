@@ -40,6 +40,23 @@ def test_a_changed_endpoint_is_new_for_every_step(one: int, other: int, family: 
     assert ipaddress.ip_address(changed[0][0].ip) in PLANS[family].backends
 
 
+@given(st.integers(0, 60), st.integers(0, 5), st.integers(0, 50), FAMILIES)
+def test_every_nth_service_has_an_external_address(
+    count: int, every: int, first: int, family: IpFamily
+) -> None:
+    """Multiples of N have an address of their own in the external range at the same port; with 0 none has."""
+    services = make_services(count, family=family, first=first, external_every=every)
+    found = [service.external for service in services if service.external is not None]
+    assert len({address.ip for address in found}) == len(found)
+    assert all(ipaddress.ip_address(address.ip) in PLANS[family].external for address in found)
+    with_one = [number for number in range(first, first + count) if every and number % every == 0]
+    assert [int(service.port.name[-5:]) for service in services if service.external is not None] == with_one
+    assert all(
+        service.addresses == (service.address, *([service.external] if service.external else []))
+        for service in services
+    )
+
+
 def test_the_same_numbers_in_two_families_are_the_same_services() -> None:
     """An IPv4 and an IPv6 set of the same numbers name the same Service ports."""
     both = [[service.port for service in make_services(5, family=family)] for family in IpFamily]
