@@ -12,10 +12,12 @@ class Host:
     Attributes:
         proc: procfs of the host's PID namespace.
         sys: sysfs.
+        bpffs: the BPF file system that others pin their objects in.
     """
 
     proc: Path = Path("/proc")
     sys: Path = Path("/sys")
+    bpffs: Path = Path("/sys/fs/bpf")
 
     @property
     def vmlinux_btf(self) -> Path:

@@ -1,22 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which netfilter BPF links exist, of any process: each holds its priority against everybody else's."""
 
-import ctypes
-import errno
 import os
 import struct
 from dataclasses import dataclass
 from typing import Final
 
-from kptrace.kernel.syscall import Command, bpf, bpf_inout
-from kptrace.model.errors import KernelError
+from kptrace.kernel.object_ids import ObjectKind, describe, object_ids, open_object
 
 _LINK_TYPE_NETFILTER: Final = 10
 #: `struct bpf_link_info` up to its netfilter member: type, id, prog_id, padding; pf, hooknum, priority, flags.
 _INFO: Final = struct.Struct("=III4xIIiI")
-_INFO_BYTES: Final = 128  # more than any kernel's structure so far; the kernel fills what it knows
-_NEXT_ID: Final = struct.Struct("=III")
-_GET_INFO: Final = struct.Struct("=IIQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,37 +41,20 @@ def netfilter_links() -> tuple[NetfilterLink, ...]:
         KernelError: the caller may not list links (CAP_SYS_ADMIN), or the kernel has none (before v5.8).
     """
     found = []
-    identifier = 0
-    while (following := _next_id(identifier)) is not None:
-        identifier = following
+    for identifier in object_ids(ObjectKind.LINK):
         link = _link(identifier)
         if link is not None:
             found.append(link)
     return tuple(found)
 
 
-def _next_id(identifier: int) -> int | None:
-    attr = bytearray(_NEXT_ID.pack(identifier, 0, 0))
-    try:
-        bpf_inout(Command.LINK_GET_NEXT_ID, attr)
-    except KernelError as error:
-        if error.errno == errno.ENOENT:
-            return None
-        raise
-    return int(_NEXT_ID.unpack(attr)[1])
-
-
 def _link(identifier: int) -> NetfilterLink | None:
     """The link with this id; None if it is of another kind, or gone."""
+    fd = open_object(ObjectKind.LINK, identifier)
+    if fd is None:
+        return None
     try:
-        fd = bpf(Command.LINK_GET_FD_BY_ID, _NEXT_ID.pack(identifier, 0, 0))
-    except KernelError as error:
-        if error.errno == errno.ENOENT:
-            return None
-        raise
-    try:
-        info = ctypes.create_string_buffer(_INFO_BYTES)
-        bpf(Command.OBJ_GET_INFO_BY_FD, _GET_INFO.pack(fd, _INFO_BYTES, ctypes.addressof(info)))
+        info, _ = describe(fd)
     finally:
         os.close(fd)
     kind, number, program, nfproto, hook, priority, flags = _INFO.unpack_from(info)
