@@ -62,6 +62,7 @@ class Correlator:
         self._commits: deque[Commit] = deque(maxlen=MAX_COMMITS)
         self._settled: OrderedDict[Subject, tuple[ChangeKind, int]] = OrderedDict()
         self._failed_ns: dict[IpFamily, int] = {}
+        self._newest_ns: dict[IpFamily, int] = {}
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -110,7 +111,9 @@ class Correlator:
                     waiting.perhaps = None  # what was in the failed run comes with the next one
         elif commit.outcome is not Outcome.CHECKED:
             self._commits.append(commit)
-            for group, waiting in self._pending.of_family(commit.family):
+            newest = max(commit.run_begin_ns, self._newest_ns.get(commit.family, 0))
+            self._newest_ns[commit.family] = newest
+            for group, waiting in self._pending.of_ports(commit.family, commit.only):
                 self._consider(waiting, commit, bare=group.bare)
 
     def lost(self) -> None:
@@ -132,10 +135,13 @@ class Correlator:
         while self._commits and self._commits[0].end_ns < now_ns - 2 * LOOK_BACK_NS:
             self._commits.popleft()
         for waiting in self._pending.every():
-            commit = waiting.perhaps
+            commit, change = waiting.perhaps, waiting.change
+            if commit is None and self._newest_ns.get(change.family, 0) - change.received_ns >= PATIENCE_NS:
+                # The commits since then were not even asked: they were of other Service ports.
+                self._settle(change, Fate.UNMEASURED, reason=Reason.NOT_PROGRAMMED)
             if commit is None or (running_ns is not None and running_ns > commit.run_begin_ns):
                 continue
-            if now_ns - max(commit.end_ns, waiting.change.received_ns) >= LOOK_BACK_NS:
+            if now_ns - max(commit.end_ns, change.received_ns) >= LOOK_BACK_NS:
                 self._carry(waiting, commit, Attribution.INFERRED)
 
     def _is_new(self, change: Change) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from kptrace.dataplanes.told import Told
+from kptrace.dataplanes.told import EVERYTHING, Told, Touched
 from kptrace.model.identity import ServicePort
 from kptrace.model.netfilter import DataPlane, IpFamily
 from kptrace.model.rewrite import Outcome
@@ -89,6 +89,7 @@ class Commit:
         begin_ns, end_ns: the system call's entry and return.
         run_begin_ns: when its writer's run began: what the writer heard before that is in it; `begin_ns` if unknown.
         told: what its own bytes tell.
+        only: the Service ports that it can have touched; others need not be asked about.
     """
 
     dataplane: DataPlane
@@ -99,6 +100,7 @@ class Commit:
     end_ns: int
     run_begin_ns: int
     told: Told
+    only: Touched = EVERYTHING
 
 
 class Fate(StrEnum):

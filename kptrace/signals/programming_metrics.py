@@ -20,7 +20,8 @@ DURATION = MetricSpec(
     " changed for this node: one sample for each Service port, IP family and endpoint, removals and what failed syncs"
     " delayed among them; a Service port that comes or goes, or one address of it, is one change. Attribution exact: the"
     " transaction's own bytes name it; inferred: the first of kube-proxy's runs that began after the event, or that began"
-    " just before and no other followed.",
+    " just before and no other followed. Of dataplane cilium the commit is the bpf(2) call after which the service's map"
+    " entries say so: the last of those that a change needs.",
     ("dataplane", "family", "change", "attribution"),
 )
 SINCE_TRIGGER = MetricSpec(
@@ -34,21 +35,21 @@ SINCE_TRIGGER = MetricSpec(
 PENDING = MetricSpec(
     "kptrace_programming_pending",
     "gauge",
-    "Changes that arrived and that no commit has carried yet.",
-    ("family",),
+    "Changes that arrived and that no commit of the writer's has carried yet.",
+    ("writer", "family"),
 )
 OLDEST = MetricSpec(
     "kptrace_programming_oldest_pending_seconds",
     "gauge",
     "How long ago the watch event of the oldest pending change arrived, 0 when there is none.",
-    ("family",),
+    ("writer", "family"),
 )
 CHANGES = MetricSpec(
     "kptrace_programming_changes_total",
     "counter",
-    "Changes that arrived: what kube-proxy programs differently on this node after them. Equal to the samples of"
+    "Changes that arrived: what the writer programs differently on this node after them. Equal to the samples of"
     " kptrace_programming_duration_seconds, early, superseded, unmeasured and pending ones together.",
-    ("family", "change"),
+    ("writer", "family", "change"),
 )
 EARLY = MetricSpec(
     "kptrace_programming_early_total",
@@ -60,7 +61,7 @@ SUPERSEDED = MetricSpec(
     "kptrace_programming_superseded_total",
     "counter",
     "Changes that were undone, or went with their Service port, before a commit carried them: no sample.",
-    ("family", "change"),
+    ("writer", "family", "change"),
 )
 UNMEASURED = MetricSpec(
     "kptrace_programming_unmeasured_total",
@@ -69,14 +70,14 @@ UNMEASURED = MetricSpec(
     " them late (relisted), records of commits were lost (events_lost), a transaction's outcome is unknown"
     " (unknown_outcome), runs that began 5 minutes later did not write them (not_programmed), or the watch was given up"
     " (reset).",
-    ("family", "change", "reason"),
+    ("writer", "family", "change", "reason"),
 )
 TRIGGER_REJECTED = MetricSpec(
     "kptrace_programming_trigger_rejected_total",
     "counter",
     "Trigger times that are later than the commit (negative) or more than an hour before it (absurd): not in"
     " kptrace_programming_since_trigger_seconds. Clocks that differ are the usual cause.",
-    ("reason",),
+    ("writer", "reason"),
 )
 SPECS: Final = (
     DURATION, SINCE_TRIGGER, PENDING, OLDEST, CHANGES, EARLY, SUPERSEDED, UNMEASURED, TRIGGER_REJECTED
@@ -96,30 +97,36 @@ _Labels = tuple[str, ...]
 class ProgrammingCounts:
     """Everything that is counted of changes. `add*` and `publish` are for one thread, `families` for any."""
 
-    def __init__(self, unix_ns: Callable[[int], int]) -> None:
-        """`unix_ns` makes nanoseconds since 1970 of CLOCK_MONOTONIC nanoseconds."""
+    def __init__(self, writer: str, unix_ns: Callable[[int], int]) -> None:
+        """Nothing was counted.
+
+        Args:
+            writer: class of the process that is to program the changes.
+            unix_ns: makes nanoseconds since 1970 of CLOCK_MONOTONIC nanoseconds.
+        """
+        self._writer = writer
         self._unix_ns = unix_ns
         self._lock = Lock()
         self._histograms: dict[MetricSpec, dict[_Labels, Histogram]] = {DURATION: {}, SINCE_TRIGGER: {}}
         self._counters: dict[MetricSpec, Counter[_Labels]] = {
             spec: Counter() for spec in (CHANGES, EARLY, SUPERSEDED, UNMEASURED)
         }
-        self._rejected: Counter[_Labels] = Counter({(NEGATIVE,): 0, (ABSURD,): 0})
+        self._rejected: Counter[_Labels] = Counter({(writer, NEGATIVE): 0, (writer, ABSURD): 0})
         self._pending: Mapping[IpFamily, Ages] = MappingProxyType({})
 
     def add_change(self, change: Change) -> None:
         """Count a change that the correlator took in."""
         with self._lock:
-            self._counters[CHANGES][change.family.value, change.kind.value] += 1
+            self._counters[CHANGES][self._writer, change.family.value, change.kind.value] += 1
 
     def add(self, result: Result, record: str = "") -> None:
         """Count the fate of a change; `record` is the flight recorder's number of it, if it has one."""
         what = result.change.family.value, result.change.kind.value
         with self._lock:
             if result.fate is Fate.SUPERSEDED:
-                self._counters[SUPERSEDED][what] += 1
+                self._counters[SUPERSEDED][self._writer, *what] += 1
             elif result.fate is Fate.UNMEASURED:
-                self._counters[UNMEASURED][*what, result.reason or ""] += 1
+                self._counters[UNMEASURED][self._writer, *what, result.reason or ""] += 1
             elif result.commit is not None:
                 plane = result.commit.dataplane.value
                 labels = (plane, *what, result.attribution or "")
@@ -150,7 +157,7 @@ class ProgrammingCounts:
                 MetricFamily(spec, [Sample(labels, float(count)) for labels, count in sorted(known.items())])
                 for spec, known in counters
             ]
-        ages = {(family.value,): each for family, each in pending.items()}
+        ages = {(self._writer, family.value): each for family, each in pending.items()}
         counts = [Sample(labels, float(each.count)) for labels, each in ages.items()]
         oldest = [
             Sample(labels, max(0, now_ns - each.oldest_ns) / 1e9 if each.count else 0.0)
@@ -169,8 +176,8 @@ class ProgrammingCounts:
             return
         since = self._unix_ns(result.commit.end_ns) - result.change.trigger_ns
         if since < 0:
-            self._rejected[(NEGATIVE,)] += 1
+            self._rejected[self._writer, NEGATIVE] += 1
         elif since > LONGEST_TRIGGER_NS:
-            self._rejected[(ABSURD,)] += 1
+            self._rejected[self._writer, ABSURD] += 1
         else:
             self._observe(SINCE_TRIGGER, labels, since)

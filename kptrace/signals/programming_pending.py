@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from kptrace.dataplanes.told import EVERYTHING, Touched
 from kptrace.model.identity import ServicePort
 from kptrace.model.netfilter import IpFamily
 from kptrace.signals.programming_events import Change, Commit, Subject
@@ -96,6 +97,13 @@ class Pending:
             if each is family
             for waiting in group.waiting.values()
         ]
+
+    def of_ports(self, family: IpFamily, ports: Touched) -> list[tuple[Group, Waiting]]:
+        """Those of these Service ports in one family."""
+        if ports is EVERYTHING:
+            return self.of_family(family)
+        groups = [group for port in ports if (group := self._groups.get((family, port)))]
+        return [(group, waiting) for group in groups for waiting in group.waiting.values()]
 
     def every(self) -> Iterator[Waiting]:
         """All of them, as they are now."""

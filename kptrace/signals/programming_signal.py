@@ -2,29 +2,23 @@
 """The programming signal: how long an API change takes to be true in the kernel, from what others have heard and traced."""
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Final, Protocol
 
 from kptrace.identity.differences import Difference
 from kptrace.model.metrics import MetricFamily, MetricSpec
-from kptrace.model.netfilter import IpFamily
 from kptrace.model.rewrite import Outcome, Rewrite
 from kptrace.model.signal import MechanismState, State
 from kptrace.signals.clocks import unix_ns
-from kptrace.signals.programming_changes import changes_between
+from kptrace.signals.programming_account import ProgrammingAccount
 from kptrace.signals.programming_commits import commits_of, failed_run
-from kptrace.signals.programming_correlate import Correlator
 from kptrace.signals.programming_events import Result
-from kptrace.signals.programming_metrics import SPECS, ProgrammingCounts
-from kptrace.signals.programming_pending import Ages
-from kptrace.signals.programming_recent import RecentChanges
+from kptrace.signals.programming_metrics import SPECS
 from kptrace.signals.sync_events import Sync
 from kptrace.signals.writers import KUBE_PROXY
 
-TICK_NS: Final = 1_000_000_000
 #: Rewrites with the copies of their bytes that wait until they are settled, half a second mostly: 4 MiB.
 MAX_WAITING: Final = 1024
 #: When a change is pending for so long and kube-proxy was never seen to commit, there may be none.
@@ -56,6 +50,7 @@ class ProgrammingSignal:
         node: str = "",
         lost: Callable[[], int] = lambda: 0,
         record: Callable[[Result], str] = lambda _: "",
+        replaced: Callable[[], bool] = lambda: False,
         clock: Callable[[], int] = time.monotonic_ns,
         unix: Callable[[int], int] = unix_ns,
     ) -> None:
@@ -67,6 +62,7 @@ class ProgrammingSignal:
             node: this node's name, empty where unknown.
             lost: how many rewrites may have been missed so far.
             record: keeps a change that is worth it; returns the record's number, or nothing.
+            replaced: whether another writer programs Services here: then kube-proxy need not.
             clock: CLOCK_MONOTONIC, ns.
             unix: the time since 1970 of a time by that clock, ns.
         """
@@ -74,33 +70,23 @@ class ProgrammingSignal:
         self._listed = listed
         self._node = node
         self._lost = lost
-        self._record = record
+        self._replaced = replaced
         self._clock = clock
         self._missed = lost()
-        self._counts = ProgrammingCounts(unix)
-        self._recent = RecentChanges(unix)
-        self._correlator = Correlator(self._take)
-        self._totals: Counter[str] = Counter()
+        self._account = ProgrammingAccount(KUBE_PROXY, record, unix)
         self._waiting: deque[tuple[Rewrite, bytes]] = deque()
         self._over: dict[int, int] = {}
         self._failed: list[Sync] = []
         self._forgotten = 0
-        self._commits = 0
-        self._ticked_ns = 0
-        self._pending: Mapping[IpFamily, Ages] = MappingProxyType({})
-        self._publish()
 
     def difference(self, difference: Difference) -> None:
         """A Service is to be programmed differently."""
-        before, after = difference.before, difference.after
-        for change in changes_between(before, after, difference.received_ns, difference.trigger_ns):
-            new = (
-                self._correlator.relisted([change]) > 0
-                if difference.late
-                else self._correlator.change(change)
-            )
-            if new:
-                self._counts.add_change(change)
+        if not self._absent():
+            self._account.difference(difference)
+
+    def _absent(self) -> bool:
+        """Whether another writer is here, and this one was never seen to commit."""
+        return not self._account.commits and self._replaced()
 
     def written(self, rewrite: Rewrite, data: bytes) -> None:
         """A transaction in the watched namespace, of any outcome, with the copy of its bytes."""
@@ -108,7 +94,7 @@ class ProgrammingSignal:
             return
         if len(self._waiting) == MAX_WAITING:
             self._forgotten += 1
-            self._correlator.lost()
+            self._account.lost()
             return
         self._waiting.append((rewrite, data))
 
@@ -125,7 +111,7 @@ class ProgrammingSignal:
         missed = self._lost()
         if missed != self._missed:
             self._missed = missed
-            self._correlator.lost()
+            self._account.lost()
         waiting, self._waiting = self._waiting, deque()
         for rewrite, data in waiting:
             if rewrite.end_ns > until_ns:
@@ -133,30 +119,17 @@ class ProgrammingSignal:
                 continue
             began = self._over.get(id(rewrite), self._runs.began_ns(rewrite))
             for commit in commits_of(rewrite, data, began):
-                self._commits += 1
-                self._correlator.commit(commit)
+                self._account.commit(commit)
         # Not before the runs' own transactions: those of a run that failed later are none that it made true.
         for sync in self._failed:
             run = failed_run(sync.dataplane, sync.family, sync.writer, sync.begin_ns, sync.end_ns)
             if run is not None:
-                self._correlator.commit(run)
+                self._account.failed(run)
         self._over.clear()
         self._failed.clear()
-        if until_ns - self._ticked_ns >= TICK_NS:
-            self._ticked_ns = until_ns
-            self._correlator.tick(until_ns, self._runs.running().get(KUBE_PROXY))
-            self._publish()
-
-    def _take(self, result: Result) -> None:
-        self._counts.add(result, self._record(result))
-        self._recent.add(result)
-        self._totals[result.fate] += 1
-        if result.attribution is not None:
-            self._totals[result.attribution] += 1
-
-    def _publish(self) -> None:
-        self._pending = self._correlator.ages()
-        self._counts.publish(self._pending)
+        if self._absent() and self._account.oldest_ns() is not None:
+            self._account.reset()
+        self._account.settled(until_ns, self._runs.running().get(KUBE_PROXY))
 
     def losses(self) -> Mapping[tuple[str, str], int]:
         """What was forgotten by (signal, reason), all reasons from the start."""
@@ -164,21 +137,12 @@ class ProgrammingSignal:
 
     def status(self, *, names: bool) -> Mapping[str, object]:
         """What /status shows of it."""
-        now, pending, totals = self._clock(), self._pending, self._totals.copy()
-        oldest = [each.oldest_ns for each in pending.values() if each.count]
-        section = {
-            "pending": sum(each.count for each in pending.values()),
-            "oldest pending seconds": round((now - min(oldest)) / 1e9, 3) if oldest else 0.0,
-            **{name: totals[name] for name in ("programmed", "early", "superseded", "unmeasured")},
-            "by the transaction's bytes (exact)": totals["exact"],
-            "by time (inferred)": totals["inferred"],
-            "commits of kube-proxy": self._commits,
-        }
-        return {"programming": section, "changes": self._recent.rows(names=names)}
+        section = {**self._account.section(self._clock()), "commits of kube-proxy": self._account.commits}
+        return {"programming": section, "changes": self._account.rows(names=names)}
 
     def explain(self, namespace: str, name: str) -> Mapping[str, object]:
         """What is known of one Service: its last changes."""
-        return {"changes": self._recent.rows(names=True, of=(namespace, name))}
+        return {"changes": self._account.rows(names=True, of=(namespace, name))}
 
     def describe(self) -> Sequence[MetricSpec]:
         """See `Source`."""
@@ -186,15 +150,18 @@ class ProgrammingSignal:
 
     def families(self) -> Iterable[MetricFamily]:
         """See `Source`."""
-        return self._counts.families(self._clock())
+        return self._account.families(self._clock())
 
     def states(self) -> Sequence[MechanismState]:
         """See `Source`."""
         row = MechanismState(self.name, "watch", State.ACTIVE)
-        oldest = [each.oldest_ns for each in self._pending.values() if each.count]
+        oldest = self._account.oldest_ns()
+        if self._absent():
+            detail = "another writer's service maps are here, and kube-proxy was never seen to commit"
+            return [replace(row, state=State.OFF, reason="replaced", detail=detail)]
         if not self._listed():
             reason, detail = "starting", "Services, EndpointSlices and this node are not all listed yet"
-        elif not self._commits and oldest and self._clock() - min(oldest) > ABSENT_NS:
+        elif not self._account.commits and oldest is not None and self._clock() - oldest > ABSENT_NS:
             reason, detail = (
                 "no_kube_proxy",
                 "changes are pending, and kube-proxy was never seen to commit here",

@@ -7,6 +7,7 @@ from kptrace.model.metrics import HistogramSample, MetricFamily
 from kptrace.signals.programming_events import Attribution, Change, Commit, Fate, Reason, Result
 from kptrace.signals.programming_metrics import PROGRAMMING_LADDER, SPECS, ProgrammingCounts
 from kptrace.signals.programming_pending import Ages
+from kptrace.signals.writers import KUBE_PROXY
 from tests.unit.signals.programming_story import ADDED, MS, REMOVED, V4, V6, change, commit, names
 
 WALL_NS = 1_700_000_000 * 10**9
@@ -19,7 +20,7 @@ def programmed(what: Change, by: Commit, fate: Fate = Fate.PROGRAMMED) -> Result
 
 def counts() -> ProgrammingCounts:
     """Counts on a machine that started at a round second."""
-    return ProgrammingCounts(lambda ns: WALL_NS + ns)
+    return ProgrammingCounts(KUBE_PROXY, lambda ns: WALL_NS + ns)
 
 
 def values(made: ProgrammingCounts, now: int = 0) -> dict[str, dict[tuple[str, ...], float]]:
@@ -38,7 +39,7 @@ def test_every_family_is_there_from_the_start() -> None:
     """Losses count from 0; other label sets come with their first sample."""
     made = counts()
     assert {family.spec for family in made.families(0)} == set(SPECS)
-    assert values(made)["trigger_rejected_total"] == {("negative",): 0, ("absurd",): 0}
+    assert values(made)["trigger_rejected_total"] == {(KUBE_PROXY, "negative"): 0, (KUBE_PROXY, "absurd"): 0}
     assert all(found == {} for name, found in values(made).items() if name != "trigger_rejected_total")
 
 
@@ -52,11 +53,11 @@ def test_each_fate_has_its_counter() -> None:
     made.add(Result(change(100), Fate.SUPERSEDED))
     made.add(Result(change(100, REMOVED), Fate.UNMEASURED, reason=Reason.OVERFLOW))
     found = values(made)
-    assert found["changes_total"] == {("ipv4", "endpoint_added"): 4}
+    assert found["changes_total"] == {(KUBE_PROXY, "ipv4", "endpoint_added"): 4}
     assert found["duration_seconds"] == {("nftables", "ipv4", "endpoint_added", "exact"): 1}
     assert found["early_total"] == {("iptables-legacy", "ipv4", "endpoint_added"): 1}
-    assert found["superseded_total"] == {("ipv4", "endpoint_added"): 1}
-    assert found["unmeasured_total"] == {("ipv4", "endpoint_removed", "overflow"): 1}
+    assert found["superseded_total"] == {(KUBE_PROXY, "ipv4", "endpoint_added"): 1}
+    assert found["unmeasured_total"] == {(KUBE_PROXY, "ipv4", "endpoint_removed", "overflow"): 1}
     assert found["since_trigger_seconds"] == {}
 
 
@@ -85,7 +86,7 @@ def test_the_trigger_has_a_metric_of_its_own_and_odd_times_are_counted() -> None
     made.add(Result(change(100, trigger_ns=end_ns - 1), Fate.SUPERSEDED))
     found = values(made)
     assert found["since_trigger_seconds"] == {("nftables", "ipv4", "endpoint_added", "exact"): 3}
-    assert found["trigger_rejected_total"] == {("negative",): 1, ("absurd",): 1}
+    assert found["trigger_rejected_total"] == {(KUBE_PROXY, "negative"): 1, (KUBE_PROXY, "absurd"): 1}
 
 
 def test_what_is_pending_ages() -> None:
@@ -93,5 +94,5 @@ def test_what_is_pending_ages() -> None:
     made = counts()
     made.publish({V4: Ages(3, 100 * MS), V6: Ages()})
     found = values(made, 35_100 * MS)
-    assert found["pending"] == {("ipv4",): 3, ("ipv6",): 0}
-    assert found["oldest_pending_seconds"] == {("ipv4",): 35, ("ipv6",): 0}
+    assert found["pending"] == {(KUBE_PROXY, "ipv4"): 3, (KUBE_PROXY, "ipv6"): 0}
+    assert found["oldest_pending_seconds"] == {(KUBE_PROXY, "ipv4"): 35, (KUBE_PROXY, "ipv6"): 0}

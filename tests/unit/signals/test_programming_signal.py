@@ -32,6 +32,7 @@ class Node:
     listed: bool = True
     name: str = "here"
     lost: int = 0
+    replaced: bool = False
     now_ns: int = 0
     began: dict[int, int] = field(default_factory=dict)
     runs: dict[str, int] = field(default_factory=dict)
@@ -43,6 +44,7 @@ class Node:
             lambda: self.listed,
             node=self.name,
             lost=lambda: self.lost,
+            replaced=lambda: self.replaced,
             clock=lambda: self.now_ns,
             unix=lambda at: EPOCH + at,
         )
@@ -266,3 +268,24 @@ def test_a_node_without_kube_proxy_says_so() -> None:
     node.commit(62_000, family="ipv6")
     node.settle(63_000)
     assert node.state()[1] == "ok"
+
+
+def test_where_another_writer_programs_services_nothing_waits_for_kube_proxy() -> None:
+    """What is pending is let go and no more comes, until kube-proxy is seen to commit: then both are here."""
+    node = Node()
+    node.change(1000, "1", "1 2")
+    node.replaced = True
+    node.settle(1500)
+    node.settle(2600)
+    assert node.state() == (Health.OFF, "replaced")
+    node.change(3000, "1 2", "1 2 3")
+    node.settle(3700)
+    assert node.value("kptrace_programming_pending") == 0
+    assert node.value("kptrace_programming_changes_total") == 1
+    node.began[4000] = 3900 * MS
+    node.commit(4000)
+    node.settle(4800)
+    node.change(5000, "1 2 3", "1 2 3 4")
+    node.settle(5900)
+    assert node.state() == (Health.ACTIVE, "ok")
+    assert node.value("kptrace_programming_pending") == 1
