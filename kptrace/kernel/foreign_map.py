@@ -118,11 +118,16 @@ class ForeignMap:
     def count(self, at_most: int) -> int:
         """How many entries a pass over the map sees, `at_most` if there are more."""
         found = 0
-        for _, count in self._pass():
+        for count in self.counts():
             found += count
             if found >= at_most:
                 return at_most
         return found
+
+    def counts(self) -> Iterator[int]:
+        """How many entries each step of a pass over the map sees: between two the caller may rest, or give up."""
+        for _, count in self._pass():
+            yield count
 
     def lookup(self, key: bytes) -> bytes | None:
         """The value under the key (of `value_bytes`), or None."""

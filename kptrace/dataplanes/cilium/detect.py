@@ -168,14 +168,12 @@ class Detector:
         return info.id
 
     def _look_at_maps(self, pins: Mapping[int, Path], problems: list[str]) -> dict[int, FoundMap]:
-        try:
-            ids = set(map_ids())
-            for number in ids - self._maps.keys():
-                self._maps[number] = _ask_map(number)
-        except KernelError as error:
-            problems.append(f"cannot go through the maps in the kernel: {error}")
-            ids = set(pins)
-        ids |= pins.keys()
+        ids = set(pins)
+        if not pins:
+            try:
+                ids = self._ask_all_maps()
+            except KernelError as error:
+                problems.append(f"cannot go through the maps in the kernel: {error}")
         self._maps = {number: info for number, info in self._maps.items() if number in ids}
         self._names = {number: name for number, name in self._names.items() if number in ids}
         found: dict[int, FoundMap] = {}
@@ -193,6 +191,18 @@ class Detector:
                 f"no map is pinned in {self._host.bpffs / GLOBALS}: maps are told by 15 characters of their names, and sizes"
             )
         return found
+
+    def _ask_all_maps(self) -> set[int]:
+        """Ids of all maps, those that are new opened once.
+
+        Only where there are no pins to open maps by: on Linux 6.18 a map of tail calls is never freed that is opened by its
+        id, and closed again, while the end of its last user is still being handled (seen with bpftool too), and every
+        regeneration of an endpoint leaves such a map for a moment.
+        """
+        ids = set(map_ids())
+        for number in ids - self._maps.keys():
+            self._maps[number] = _ask_map(number)
+        return ids
 
     def _look_at_programs(
         self, maps: Mapping[int, FoundMap], problems: list[str]
