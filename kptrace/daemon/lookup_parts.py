@@ -44,7 +44,7 @@ def _start_bracket(node: Node, code: Bytecode) -> Running:
     settings = node.settings
     kernel = LookupKernel(code, settings.host)
     node.stack.callback(kernel.close)
-    chains = node.stack.enter_context(InstalledChains(node.netns))
+    chains = node.stack.enter_context(InstalledChains(node.netns, settings.host))
     options = Options(settings.sampling, settings.overhead_budget, settings.brackets_with_nfqueue)
     lookup = LookupSignal(kernel, node.netns, chains, node.loop, options)
     node.stack.callback(lookup.close)

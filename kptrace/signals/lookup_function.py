@@ -36,7 +36,7 @@ from kptrace.signals.lookup_govern import Costs, OverheadGovernor
 COSTS: Final[Mapping[Mechanism, Costs]] = MappingProxyType(
     {"fentry": Costs(490.0, 215.0), "kprobe": Costs(1180.0, 590.0)}
 )
-FOLLOW_SECONDS = 1.0
+FOLLOW_SECONDS = 0.5
 GOVERN_SECONDS = 1.0
 
 
@@ -74,7 +74,7 @@ class FunctionLookup:
         self._options = options
         self._log = structlog.get_logger(signal=self.name)
         self._kernel = FunctionKernel(code, mechanism, netns.inode, host)
-        self._follower = FunctionFollower(self._kernel, host)
+        self._follower = FunctionFollower(self._kernel, host, lambda: timers.call_soon_threadsafe(self.tick))
         self._governor = OverheadGovernor(options.sampling, options.budget, COSTS[mechanism], clock)
         self._closed = False
         self._published = Published(self._follower.state)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps programs at the functions that are there: modules come after the daemon, and go before it."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
@@ -26,10 +27,17 @@ class FunctionFollower:
         state: how far that succeeds now.
     """
 
-    def __init__(self, kernel: FunctionKernel, host: Host) -> None:
-        """Nothing is attached before `start`."""
+    def __init__(self, kernel: FunctionKernel, host: Host, ready: Callable[[], None]) -> None:
+        """Nothing is attached before `start`.
+
+        Args:
+            kernel: what attaches.
+            host: where sysfs is.
+            ready: asks for a `tick` soon, as a module's BTF was read; called from another thread.
+        """
         self._kernel = kernel
         self._host = host
+        self._ready = ready
         self._log = structlog.get_logger(signal="lookup")
         self._attached: dict[Function, int] = {}
         # What is known of each function, and for which number of its module that is.
@@ -64,7 +72,7 @@ class FunctionFollower:
             )
 
     def tick(self, *, attached: bool) -> None:
-        """Follow the modules. Attaching may take until the tick after the next: their BTF is read in another thread.
+        """Follow the modules. Attaching may take until another tick: their BTF is read in another thread.
 
         Args:
             attached: whether anything is to be attached at all.
@@ -99,6 +107,7 @@ class FunctionFollower:
         if unknown and self._reading is None:
             self._asked = unknown
             self._reading = self._reader.submit(find_targets, self._host, self._kernel.mechanism, unknown)
+            self._reading.add_done_callback(lambda _: self._ready())
 
     def _attach(self, function: Function, number: int) -> None:
         target = self._answer(function, number)

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +22,7 @@ from tools.vm.support import promised_features, promised_mechanisms
 _NAME = os.environ.get("KPTRACE_VM_KERNEL", "")
 _PROVEN = "the kernel lacks it: "
 # Emulated: what takes a second on a node may take twenty here, and two machines share the host.
-_SECONDS = 300
+_SECONDS = 600
 
 
 def _kernel() -> Kernel:
@@ -36,6 +37,13 @@ def _mechanisms() -> list[tuple[str, str]]:
     return promised_mechanisms(_kernel(), platform.release(), TABLE, MECHANISMS)
 
 
+def _something(promised: list[tuple[str, str]]) -> bool:
+    """Whether anything of the kernel is to be measured: what needs nothing of it does not keep a daemon alive alone."""
+    from kptrace.signals.mechanisms import MECHANISMS
+
+    return any(row.needs and (row.signal, row.name) in promised for row in MECHANISMS)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Register this folder's markers."""
     config.addinivalue_line(
@@ -43,7 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line("markers", "unpromised(signal, mechanism): only where it does not")
     config.addinivalue_line(
-        "markers", "promised_something(yes): only where it promises any mechanism, or none"
+        "markers",
+        "promised_something(yes): only where it promises any mechanism that needs the kernel, or none",
     )
 
 
@@ -55,12 +64,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="runs inside test machines: make test-vm"))
         return
     promised = _mechanisms()
+    something = _something(promised)
     dropped = []
     for item in here:
         item.add_marker(pytest.mark.timeout(_SECONDS))
         wanted = all(mark.args in promised for mark in item.iter_markers("promised"))
         unwanted = any(mark.args in promised for mark in item.iter_markers("unpromised"))
-        other = any(mark.args[0] != bool(promised) for mark in item.iter_markers("promised_something"))
+        other = any(mark.args[0] != something for mark in item.iter_markers("promised_something"))
         if not wanted or unwanted or other:
             dropped.append(item)
     config.hook.pytest_deselected(items=dropped)
@@ -126,3 +136,12 @@ def namespace() -> Iterator[Any]:
 
     with Namespace("vm") as made:
         yield made
+
+
+@pytest.fixture
+def daemon(namespace: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Start the image's daemon on the test's namespace, every packet sampled; it ends with the test."""
+    from tests.vm.daemons import running
+
+    with ExitStack() as stack:
+        yield lambda *more: stack.enter_context(running(namespace, tmp_path, "--sample", "all", *more))

@@ -23,6 +23,8 @@ from tests.vm.test_lookup_function import MECHANISMS, PORT
 # bpftrace works where kprobes do.
 pytestmark = pytest.mark.promised("lookup", "kprobe")
 PACKETS = 997
+#: Pairs of turns, of which one must agree.
+PAIRS = 3
 #: Long enough that a tracer's own work is small beside the walk.
 RULES = 1000
 CHAIN = "".join(
@@ -151,16 +153,26 @@ def test_beside_bpftrace_both_count_the_same(mechanism: str, walked: Namespace) 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_by_turns_with_bpftrace_the_times_agree(mechanism: str, walked: Namespace) -> None:
-    """The middle packet's power of two differs by one at most when they measure one after the other."""
-    with bpftrace() as theirs:
-        send(walked)
-    bench = FunctionBench(mechanism, walked)  # type: ignore[arg-type]
-    try:
-        send(walked)
-        assert bench.count(table="t", chain="c") == theirs.count == PACKETS
-        (low, high), power = middle(bench), theirs.power
-        print(f"the middle packet: {low:.0f} to {high:.0f} ns, bpftrace {2**power} to {2 ** (power + 1)} ns")
-        assert low < 2 ** (power + 2)
-        assert high > 2 ** (power - 1)
-    finally:
-        bench.close()
+    """The middle packet's power of two differs by one at most when they measure one after the other.
+
+    A machine whose speed changes between the two turns makes a difference that neither of them has: it is not there in
+    every pair of turns, a tracer's own one is.
+    """
+    pairs = []
+    for _ in range(PAIRS):
+        with bpftrace() as theirs:
+            send(walked)
+        bench = FunctionBench(mechanism, walked)  # type: ignore[arg-type]
+        try:
+            send(walked)
+            assert bench.count(table="t", chain="c") == theirs.count == PACKETS
+            (low, high), power = middle(bench), theirs.power
+        finally:
+            bench.close()
+        pairs.append(
+            f"the middle packet: {low:.0f} to {high:.0f} ns, bpftrace {2**power} to {2 ** (power + 1)} ns"
+        )
+        print(pairs[-1])
+        if low < 2 ** (power + 2) and high > 2 ** (power - 1):
+            return
+    raise AssertionError(pairs)

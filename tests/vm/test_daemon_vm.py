@@ -1,54 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The installed daemon on each kernel: it measures what is promised, and says politely what it cannot."""
 
-import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import pytest
 
-from kptrace.experiments.daemon_process import DaemonProcess, DaemonRequest, default_command
+from kptrace.experiments.daemon_process import DaemonProcess
 from kptrace.experiments.netns import Namespace
 from kptrace.experiments.scrape import Scrape, fetch, parse
-from tests.native import traffic
 from tests.native.lookup_bench import nft, nft_counter
+from tests.vm.daemons import PORT, READY_SECONDS, send
 
 PACKETS = 23
 REWRITES = 5
-PORT = 5353
 CHAIN = f"table ip t {{ chain c {{ type filter hook output priority -100; udp dport {PORT} counter; }}; }}"
-NO_SERVICES = '{"apiVersion": "v1", "kind": "List", "items": []}'
 _UNSUPPORTED = 4
-# To compile takes a second on a node, and up to a minute here while another machine uses the other core.
-_READY_SECONDS = 200.0
 #: Of emulated time, for what a daemon does within seconds.
 _PATIENCE_SECONDS = 60.0
-
-
-@pytest.fixture
-def daemon(namespace: Namespace, tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
-    """Start the image's daemon on the test's namespace; it ends with the test, and never with a traceback."""
-    started: list[DaemonProcess] = []
-    log = tmp_path / "log"
-
-    def start(*more: str) -> DaemonProcess:
-        identity = tmp_path / "identity.json"
-        identity.write_text(NO_SERVICES)
-        request = DaemonRequest(namespace.path, identity, tmp_path / "ready")
-        options = default_command(request)[3:]
-        argv = ["kptrace", *options, "--sample", "all", *more]
-        started.append(DaemonProcess(argv, request.ready_file, log, ready_seconds=_READY_SECONDS))
-        return started[-1].__enter__()
-
-    yield start
-    for each in started:
-        each.stop()
-    text = log.read_text()
-    print(text)
-    assert "Traceback" not in text
 
 
 @pytest.mark.promised("lookup", "bracket")
@@ -56,7 +27,7 @@ def test_brackets_count_every_packet(daemon: Callable[..., DaemonProcess], names
     """23 packets, 23 in nft's counter, 23 look-ups in /metrics."""
     nft(namespace, CHAIN)
     process = daemon()
-    _send(namespace)
+    send(namespace, PACKETS)
     assert nft_counter(namespace, "c") == PACKETS
     found = process.scrape().distribution(
         "kptrace_lookup_duration_seconds", table="t", chain="c", mechanism="bracket"
@@ -84,7 +55,7 @@ def test_functions_count_what_walks_a_table_that_came_later(
     while "ipt_do_table: attached" not in (status := fetch(process.port, "/status")[1]):
         assert time.monotonic() < end, status
         time.sleep(0.2)
-    _send(namespace)
+    send(namespace, PACKETS)
     name, labels = (
         "kptrace_lookup_duration_seconds",
         {"mechanism": mechanism, "chain": "OUTPUT", "netns": "host"},
@@ -105,7 +76,7 @@ def test_each_promised_signal_is_measured(
         return {signal: way for signal, way in reversed(mechanisms) if signal not in disabled}
 
     # Some are attached to once the daemon is ready, in a thread of their own.
-    scrape = process.scrape_until(lambda now: _running(now) == expected(now), seconds=_READY_SECONDS)
+    scrape = process.scrape_until(lambda now: _running(now) == expected(now), seconds=READY_SECONDS)
     assert _running(scrape) == expected(scrape), scrape.lines("kptrace_signal_state")
     assert {"lookup", "sync"} <= _running(scrape).keys()
 
@@ -161,20 +132,10 @@ def test_asking_for_brackets_is_refused_in_one_line() -> None:
     assert "netfilter_link" in line
 
 
-def _send(namespace: Namespace) -> None:
-    """Datagrams of one flow over the loopback."""
-
-    def run() -> None:
-        with traffic.udp_sink(socket.AF_INET, PORT):
-            traffic.udp_one_flow(socket.AF_INET, PORT, PACKETS)
-
-    namespace.call(run)
-
-
 def _refusal(*options: str) -> str:
     """The one line for people that the daemon ends with when it refuses to run; its log is left out."""
     argv = ["kptrace", "run", "--identity", "none", "--listen", "127.0.0.1:0", *options]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=_READY_SECONDS)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=READY_SECONDS)
     said = (done.stdout + done.stderr).strip().splitlines()
     assert done.returncode == _UNSUPPORTED, said
     lines = [line for line in said if not line.startswith("{")]

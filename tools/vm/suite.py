@@ -13,13 +13,13 @@ from tools.vm.matrix import Kernel
 from tools.vm.process import Host
 
 # kptrace is the installed one: only the tests and this harness are taken from the working tree. conftest.py of the
-# tests above is about the machine that the harness runs on, so it is left out.
+# tests above is about the machine that the harness runs on, so it is left out.  What passing tests print is in junit.xml.
 _SCRIPT = """\
 mkdir -p /run/suite/tests /run/suite/tools && cd /run/suite || exit
 mount --bind /repo/tests tests && mount --bind /repo/tools tools && cp /repo/setup.cfg . || exit
 export KPTRACE_VM_KERNEL={kernel}
 exec /opt/kptrace/bin/python -m pytest tests/vm --confcutdir=tests/vm -p no:cacheprovider \\
-    --durations=5 --durations-min=1 --junitxml=/out/junit.xml {arguments}
+    --durations=5 --durations-min=1 --junitxml=/out/junit.xml -o junit_logging=system-out {arguments}
 """
 # pytest's exit code where -k leaves nothing.
 _NO_TESTS = 5

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules that come and go, on a fake kernel."""
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,8 @@ class Bench:
         self.lacking: dict[Function, KptraceError] = {}
         self.reads = 0
         monkeypatch.setattr(lookup_function_follow, "find_targets", self._find)
-        self.follower = FunctionFollower(self.kernel, self.host)  # type: ignore[arg-type]
+        self.asked = threading.Event()
+        self.follower = FunctionFollower(self.kernel, self.host, self.asked.set)  # type: ignore[arg-type]
 
     def _find(self, _host: Host, _mechanism: str, modules: dict[Function, int]) -> dict[Function, object]:
         self.reads += 1
@@ -101,6 +103,18 @@ def test_built_in_functions_are_attached_to_at_once(bench: Bench) -> None:
     bench.follower.start()
     assert bench.kernel.attached == {"nft_do_chain": 0}
     assert bench.follower.state.reason == "ok"
+
+
+def test_what_was_read_is_attached_to_by_the_tick_that_it_asks_for(bench: Bench) -> None:
+    """A module's BTF once read, it does not wait for the next tick that would come anyway."""
+    bench.follower.start()
+    bench.load(IPT)
+    assert not bench.asked.is_set()
+    bench.follower.tick(attached=True)
+    assert bench.asked.wait(10)
+    assert not bench.kernel.attached
+    bench.follower.tick(attached=True)
+    assert list(bench.kernel.attached) == ["ipt_do_table"]
 
 
 def test_a_module_that_comes_is_attached_to_when_it_is_live(bench: Bench) -> None:
