@@ -59,7 +59,7 @@ class Differences:
         self._broken: set[str] = set()
         self._late_until: dict[str, float] = {}
         self._known: OrderedDict[Name, Programmed] = OrderedDict()
-        self._listener: Callable[[Difference], None] | None = None
+        self._listeners: list[Callable[[Difference], None]] = []
 
     @property
     def ready(self) -> bool:
@@ -67,8 +67,8 @@ class Differences:
         return self._complete and not self._missing
 
     def listen(self, listener: Callable[[Difference], None]) -> None:
-        """Tell this one from now on. Without a listener nothing is worked out."""
-        self._listener = listener
+        """Tell this one too from now on. Without a listener nothing is worked out."""
+        self._listeners.append(listener)
 
     def names(self) -> tuple[Name, ...]:
         """The Services that there are."""
@@ -102,8 +102,7 @@ class Differences:
             self._late_until[message.scope] = message.at + CATCH_UP_SECONDS
 
     def _apply(self, events: Iterable[Event], at: float, *, late: bool) -> None:
-        listener = self._listener if self.ready else None
-        if listener is None:
+        if not self._listeners or not self.ready:
             for event in events:
                 self._store.apply(event, at)
             return
@@ -126,7 +125,9 @@ class Differences:
             if len(self._known) > MAX_KNOWN:
                 self._known.popitem(last=False)
             if now != was:
-                listener(Difference(was, now, received, 0 if late else trigger, late))
+                difference = Difference(was, now, received, 0 if late else trigger, late)
+                for listener in self._listeners:
+                    listener(difference)
 
     def _touched(self, old: Record | None, new: Record | None) -> Iterable[Name]:
         for record in (old, new):

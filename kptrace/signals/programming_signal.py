@@ -81,11 +81,10 @@ class ProgrammingSignal:
 
     def difference(self, difference: Difference) -> None:
         """A Service is to be programmed differently."""
-        if not self._absent():
-            self._account.difference(difference)
+        self._account.difference(difference)
 
     def _absent(self) -> bool:
-        """Whether another writer is here, and this one was never seen to commit."""
+        """Whether another writer is here, and kube-proxy was never seen to commit."""
         return not self._account.commits and self._replaced()
 
     def written(self, rewrite: Rewrite, data: bytes) -> None:
@@ -127,7 +126,8 @@ class ProgrammingSignal:
                 self._account.failed(run)
         self._over.clear()
         self._failed.clear()
-        if self._absent() and self._account.oldest_ns() is not None:
+        oldest = self._account.oldest_ns()
+        if self._absent() and oldest is not None and until_ns - oldest > ABSENT_NS:
             self._account.reset()
         self._account.settled(until_ns, self._runs.running().get(KUBE_PROXY))
 
@@ -149,8 +149,8 @@ class ProgrammingSignal:
         return SPECS
 
     def families(self) -> Iterable[MetricFamily]:
-        """See `Source`."""
-        return self._account.families(self._clock())
+        """See `Source`. Nothing while nobody but another writer has programmed anything."""
+        return () if self._absent() else self._account.families(self._clock())
 
     def states(self) -> Sequence[MechanismState]:
         """See `Source`."""

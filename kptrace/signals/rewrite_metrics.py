@@ -16,14 +16,17 @@ DURATION = MetricSpec(
     "histogram",
     "Duration of the system call that carried a transaction, entry to exit: sendmsg, sendto, sendmmsg, write or writev of"
     " an nfnetlink batch, setsockopt of a legacy table. Mechanism tracepoint, the watched namespace only. Outcome checked"
-    " is a dry run, empty had nothing to change; it is never taken from a netlink call's result.",
+    " is a dry run, empty had nothing to change; it is never taken from a netlink call's result. Of dataplane cilium: first"
+    " to last bpf(2) call of one process on the data plane's maps, or on its programs (table programs), less than 10 ms"
+    " apart and within 60 s; failed where the kernel refused some and nothing was changed.",
     ("dataplane", "family", "table", "writer", "outcome"),
 )
 OBJECTS = MetricSpec(
     "kptrace_rewrite_objects_total",
     "counter",
     "Objects that committed batches named, as far as the bounded copy of each tells; flush is one for all it takes."
-    " A legacy table is always replaced whole: object entry, operation replace.",
+    " A legacy table is always replaced whole: object entry, operation replace. Of dataplane cilium: map entries that were"
+    " written (add) or removed (delete), and programs that its agent loaded, attached, replaced or detached.",
     ("dataplane", "table", "object", "operation"),
 )
 TRUNCATED = MetricSpec(

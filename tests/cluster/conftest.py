@@ -91,11 +91,11 @@ def start_kptrace(
     """Start kptrace beside the test's network namespace, with more options; it has heard of everything then."""
     with ExitStack() as stack:
 
-        def start(*options: str, kubeconfig: Path | None = None) -> Kptrace:
+        def start(*options: str, kubeconfig: Path | None = None, signal: str = "programming") -> Kptrace:
             folder = tmp_path / f"kptrace-{secrets.token_hex(4)}"
             folder.mkdir()
             config = kubeconfig or kptrace_kubeconfig(plane)
-            return stack.enter_context(Kptrace(netns, config, folder, compiled, options))
+            return stack.enter_context(Kptrace(netns, config, folder, compiled, options, signal=signal))
 
         yield start
 

@@ -68,8 +68,16 @@ class Kptrace(DaemonProcess):
     """A context manager: inside, kptrace has heard of everything that there is."""
 
     def __init__(
-        self, netns: Namespace, kubeconfig: Path, folder: Path, cache: Path, options: Sequence[str] = ()
+        self,
+        netns: Namespace,
+        kubeconfig: Path,
+        folder: Path,
+        cache: Path,
+        options: Sequence[str] = (),
+        *,
+        signal: str = "programming",
     ) -> None:
+        self._signal = signal
         request = DaemonRequest(netns.path, folder / "none", folder / "ready")
         argv = default_command(request)
         # Names come from the API server here.
@@ -104,8 +112,8 @@ class Kptrace(DaemonProcess):
         return found
 
     def state(self) -> dict[str, str]:
-        """The state of the programming signal."""
-        (row,) = [row for row in self.status()["signals"] if row["signal"] == "programming"]
+        """The state of the programming signal; of Cilium's where that was asked for."""
+        (row,) = [row for row in self.status()["signals"] if row["signal"] == self._signal]
         state: dict[str, str] = row
         return state
 
@@ -159,5 +167,7 @@ class Kptrace(DaemonProcess):
                 row.get("attribution", ""),
                 row.get("reason", ""),
             )
-            for row in reversed(self.status()["changes"])
+            for row in reversed(
+                self.status()["changes" if self._signal == "programming" else "datapath changes"]
+            )
         ]

@@ -192,3 +192,13 @@ def test_without_a_listener_the_store_is_all_the_same() -> None:
     follower = Follower(listens=False).begin(piece(*ends(1)))
     follower.tell(changed(2, piece(*ends(1, 2))))
     assert set(follower.store.snapshot().endpoints[WEB]) == set(ends(1, 2))
+
+
+def test_all_listeners_are_told() -> None:
+    """Each data plane's signal has the same changes to account for."""
+    follower = Follower()
+    others: list[Difference] = []
+    follower.differences.listen(others.append)
+    follower.begin(piece(*ends(1))).tell(changed(2, piece(*ends(1, 2))))
+    assert others == follower.told
+    assert len(others) == 1

@@ -270,22 +270,20 @@ def test_a_node_without_kube_proxy_says_so() -> None:
     assert node.state()[1] == "ok"
 
 
-def test_where_another_writer_programs_services_nothing_waits_for_kube_proxy() -> None:
-    """What is pending is let go and no more comes, until kube-proxy is seen to commit: then both are here."""
-    node = Node()
+def test_where_another_writer_programs_services_nothing_is_told_of_kube_proxy() -> None:
+    """Changes are let go after a minute, and no sample is there, until kube-proxy is seen to commit: then both are here."""
+    node = Node(replaced=True)
     node.change(1000, "1", "1 2")
-    node.replaced = True
-    node.settle(1500)
     node.settle(2600)
     assert node.state() == (Health.OFF, "replaced")
-    node.change(3000, "1 2", "1 2 3")
-    node.settle(3700)
-    assert node.value("kptrace_programming_pending") == 0
-    assert node.value("kptrace_programming_changes_total") == 1
-    node.began[4000] = 3900 * MS
-    node.commit(4000)
-    node.settle(4800)
-    node.change(5000, "1 2 3", "1 2 3 4")
-    node.settle(5900)
+    assert list(node.signal.families()) == []
+    assert node.section()["pending"] == 1
+    node.settle(62_000)
+    node.settle(63_500)
+    assert node.section() | {"pending": 0, "unmeasured": 1} == node.section()
+    node.change(70_000, "1 2", "1 2 3")
+    node.began[71_000] = 70_500 * MS
+    node.commit(71_000)
+    node.settle(72_000)
     assert node.state() == (Health.ACTIVE, "ok")
-    assert node.value("kptrace_programming_pending") == 1
+    assert node.value("kptrace_programming_duration_seconds") == 1
