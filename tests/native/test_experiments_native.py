@@ -171,7 +171,7 @@ def test_an_unanswered_flow_is_one_first_packet(node: EmbeddedNode) -> None:
 
 
 def test_a_flood_sends_exactly_what_was_asked_for(node: EmbeddedNode) -> None:
-    """A million datagrams of the node's own from every CPU are a million by a counter at OUTPUT, within 30 s."""
+    """A million datagrams of the node's own from every CPU are a million by a counter at OUTPUT."""
     (sink,) = make_services(1, protocol=Protocol.UDP, target_port=SINK_PORT)
     RuleWriter(node.node, DataPlane.NFTABLES).install([sink])
     node.node.run(
@@ -181,7 +181,6 @@ def test_a_flood_sends_exactly_what_was_asked_for(node: EmbeddedNode) -> None:
     sent = flood(node.node, sink.address, 1_000_000)
     words = node.node.run(["nft", "list", "chain", "ip", "oracle", "output"]).split()
     assert int(words[words.index("packets") + 1]) == sent.datagrams == 1_000_000
-    assert sent.seconds < 30
 
 
 def test_an_exception_leaves_no_namespace_behind() -> None:
