@@ -9,9 +9,13 @@
  *
  * The result of a send says nothing, so three facts travel along: the ruleset's sequence at entry and exit, whether
  * another transaction ran meanwhile, and the error that the kernel queued on the sender's own socket before it returned.
+ *
+ * A writer may also list what is installed, or delete connections, by requests of its own. Who does is noted; the spans of
+ * those that user space then follows are kept here, with their answers while the receive program is attached.
  */
 #include <linux/types.h>
 #include <kptrace/rewrite_copy.h>
+#include <kptrace/rewrite_requests.h>
 #include <kptrace/rewrite_socket.h>
 #include <kptrace/task.h>
 
@@ -22,13 +26,24 @@
 #define SO_SET_REPLACE 64
 #define MAX_RUNNING 1024
 #define RING_PAGES 256
+#define NO_WAKEUP 1
 #define FORCE_WAKEUP 2
+#define MAX_ASKERS 256
+#define MAX_FOLLOWED 64
+#define MAX_SPANS 512
+#define MAX_ASKED 4096
 
 BPF_F_TABLE("array", u32, struct flight, flight, 1, 0);
 BPF_HASH(running, u64, struct started, MAX_RUNNING);
 BPF_F_TABLE("percpu_array", u32, struct rewrite_record, scratch, 1, 0);
 BPF_F_TABLE("array", u32, u64, lost, LOST_KINDS, KPT_F_MMAPABLE);
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
+/* Who asked, and when first; user space takes them out. Anybody may fill it: the oldest go. */
+BPF_F_TABLE("lru_hash", struct request_key, u64, askers, MAX_ASKERS, 0);
+BPF_HASH(followed, u32, u32, MAX_FOLLOWED);
+BPF_HASH(spans, struct request_key, struct request_span, MAX_SPANS);
+/* Sockets whose next messages answer a request. Nobody tells when one is closed. */
+BPF_F_TABLE("lru_hash", u64, struct request_key, asked, MAX_ASKED, 0);
 
 static __always_inline void lose(u32 kind)
 {
@@ -57,11 +72,55 @@ static __always_inline void begin(struct started *started)
 	__sync_fetch_and_add(&all->running, 1);
 }
 
+static __always_inline void note_request(u64 sk, u64 now, u32 what)
+{
+	struct request_key key = {};
+	struct request_span fresh = {}, *span;
+	struct request_record record = {};
+
+	key.tgid = bpf_get_current_pid_tgid() >> 32;
+	key.netns = netns_of(sk);
+	key.what = what;
+	if (!followed.lookup(&key.tgid)) {
+		if (!askers.lookup(&key))
+			askers.update(&key, &now);
+		return;
+	}
+	asked.update(&sk, &key);
+	span = spans.lookup(&key);
+	if (span && now < span->last_ns + REQUEST_JOIN_NS) {
+		if (now > span->last_ns)
+			span->last_ns = now;
+		__sync_fetch_and_add(&span->requests, 1);
+		return;
+	}
+	if (span) {
+		record.kind = KIND_REQUESTS;
+		record.key = key;
+		record.span = *span;
+		if (events.ringbuf_output(&record, sizeof(record), NO_WAKEUP))
+			lose(LOST_RING_FULL);
+	}
+	fresh.begin_ns = fresh.last_ns = now;
+	fresh.requests = 1;
+	if (spans.update(&key, &fresh))
+		lose(LOST_REQUESTS_FULL);
+}
+
 static __always_inline void begin_batch(u64 sk, u64 now, u32 kind, u64 base, u64 count, u32 flags)
 {
 	struct started started = {};
 	int batch = kind == KIND_FLAT ? (count < 16 ? 0 : begins_batch(base)) : vector_begins_batch(base, count);
+	u32 what;
 
+	if (!batch) {
+		what = kind == KIND_FLAT ? requested(base, count) : vector_requested(base, count);
+		if (what) {
+			note_request(sk, now, what);
+			return;
+		}
+	}
+	asked.delete(&sk); /* what comes from now on answers this */
 	if (!batch)
 		return;
 	started.begin_ns = now;
@@ -233,5 +292,30 @@ int exit_rewrite(u64 *ctx)
 		return 0;
 	if (events.ringbuf_output(record, sizeof(struct rewrite_head) + copied, FORCE_WAKEUP))
 		lose(LOST_RING_FULL);
+	return 0;
+}
+
+/* recvmsg(fd, ...) and recvfrom(fd, ...): attached only where somebody is followed. An answer waits on its socket before it
+ * is asked for, so that the entry tells what the call will bring, and the exit need not be traced. */
+int enter_receive(u64 *ctx)
+{
+	u32 tgid = bpf_get_current_pid_tgid() >> 32;
+	u64 descriptor, sk, now;
+	struct request_key *key;
+	struct request_span *span;
+
+	if (!followed.lookup(&tgid))
+		return 0;
+	KPT_LOAD64(descriptor, ctx, 16);
+	sk = task_socket(descriptor);
+	if (!sk || !is_netfilter(sk) || !queued_on(sk))
+		return 0;
+	key = asked.lookup(&sk);
+	if (!key || key->tgid != tgid) /* of a socket that is gone, and had this one's address */
+		return 0;
+	span = spans.lookup(key);
+	now = bpf_ktime_get_ns();
+	if (span && now > span->last_ns)
+		span->last_ns = now;
 	return 0;
 }

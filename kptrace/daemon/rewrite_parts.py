@@ -11,6 +11,7 @@ from kptrace.signals.process_kernel import REQUEST as PROCESS_REQUEST
 from kptrace.signals.process_watch import ProcessWatch
 from kptrace.signals.rewrite import Options, RewriteSignal
 from kptrace.signals.rewrite_kernel import REQUEST
+from kptrace.signals.rewrite_requests_records import Requests, Subsystem
 from kptrace.signals.sync_events import Phase, Sync
 from kptrace.signals.sync_signal import SyncSignal
 from kptrace.signals.writers import WriterRule, Writers, parse_writer
@@ -35,6 +36,12 @@ def _start(node: Node, code: Bytecode) -> Running:
         for listener in node.shared.written:
             listener(rewrite, data)
 
+    def asked(requests: Requests) -> None:
+        if node.shared.sync is not None:
+            asker = requests.asker
+            phase = Phase.LIST if asker.subsystem is Subsystem.NFTABLES else Phase.CONNTRACK
+            node.shared.sync.span(asker.tgid, phase, requests.begin_ns, requests.end_ns, asker.family)
+
     rewrite = RewriteSignal(
         code,
         node.netns,
@@ -45,11 +52,14 @@ def _start(node: Node, code: Bytecode) -> Running:
         node.shared.processes,
         rewritten,
         written,
+        asked,
     )
     node.stack.callback(rewrite.close)
     rewrite.start()
     node.shared.consume_rewrites = rewrite.consume
-    node.shared.rewrite_losses = rewrite.losses
+    node.shared.rewrite_losses = lambda: {
+        key: count for key, count in rewrite.losses().items() if key[0] == rewrite.name
+    }
     return rewrite
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rewrite signal by syscall tracepoints: every transaction's duration, outcome, writer and size."""
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from kptrace.kernel.host import Host
 from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.errors import KernelError
 from kptrace.model.metrics import MetricFamily, MetricSpec
-from kptrace.model.rewrite import Outcome, Rewrite
+from kptrace.model.rewrite import Outcome, ProcessRun, Rewrite
 from kptrace.model.signal import MechanismState, State
 from kptrace.signals import rewrite_metrics as metrics
 from kptrace.signals.eventloop import EventLoop
@@ -25,6 +26,8 @@ from kptrace.signals.rewrite_objects import LEAST_SECONDS, RulesetObjects
 from kptrace.signals.rewrite_published import Published
 from kptrace.signals.rewrite_records import Transaction, decode
 from kptrace.signals.rewrite_reduce import Reducer
+from kptrace.signals.rewrite_requests import WritersRequests, writer_itself
+from kptrace.signals.rewrite_requests_records import Requests, is_requests
 from kptrace.signals.rewrite_running import RunningRewrites
 from kptrace.signals.writers import WriterRule, Writers
 
@@ -60,6 +63,7 @@ class RewriteSignal:
         processes: Callable[[], ProcessTable] | None = None,
         on_rewrite: Callable[[Rewrite], None] = lambda _: None,
         on_bytes: Callable[[Rewrite, bytes], None] = lambda _rewrite, _data: None,
+        on_requests: Callable[[Requests], None] = lambda _: None,
     ) -> None:
         """Nothing is attached before `start`.
 
@@ -74,6 +78,8 @@ class RewriteSignal:
             processes: who runs, up to now; by default those that still do when they are asked for.
             on_rewrite: called after each rewrite of the watched namespace, of any outcome, before `on_commit`.
             on_bytes: called with the same, and the bounded copy of the writer's buffer.
+            on_requests: called from `consume` and the ring's reader with what writers list, or delete of connections,
+                by themselves.
         """
         self._netns = netns
         self._loop = loop
@@ -95,20 +101,25 @@ class RewriteSignal:
         self._processes = processes or (lambda: table)
         self._on_rewrite = on_rewrite
         self._on_bytes = on_bytes
+        writers = Writers(options.writers)
+
+        def cgroup(run: ProcessRun) -> str:
+            return cgroup_path(host.proc, run.tgid)
+
+        def alive(tgid: int) -> bool:
+            return (host.proc / str(tgid)).exists()
+
         self._reducer = Reducer(
             watched=netns.inode,
             exact_sequence=self._kernel.knows_generation,
             installed=self._objects,
             processes=self._processes(),
-            writers=Writers(options.writers),
-            cgroup=lambda run: cgroup_path(host.proc, run.tgid),
+            writers=writers,
+            cgroup=cgroup,
         )
-        self._running = RunningRewrites(
-            self._kernel,
-            netns.inode,
-            lambda tgid: (host.proc / str(tgid)).exists(),
-            self._reducer.writer,
-        )
+        self._running = RunningRewrites(self._kernel, netns.inode, alive, self._reducer.writer)
+        is_writer = writer_itself(self._processes, writers, cgroup, os.getpid())
+        self._requests = WritersRequests(self._kernel, netns.inode, is_writer, alive, on_requests)
         self._ruleset = RulesetSocket(netns, self._log)
         self._generation = GenerationWatch(
             self._ruleset.generation, self._consume_records, self._running.busy
@@ -133,9 +144,9 @@ class RewriteSignal:
         self.tick()
 
     def consume(self) -> None:
-        """Take in every rewrite up to now. For the loop's thread, and not from within a listener."""
+        """Take in every rewrite, and every request, up to now. For the loop's thread, and not from within a listener."""
         if not self._closed:
-            self._consume_records()
+            self._requests.consume(self._consume_records)
 
     def tick(self) -> None:
         """What is not driven by events: missed commits, transactions under way, dumps that are due."""
@@ -166,6 +177,9 @@ class RewriteSignal:
             self._receive(self._inbox.popleft())
 
     def _receive(self, data: bytes) -> None:
+        if is_requests(data):
+            self._requests.record(data)
+            return
         record = decode(data)
         if record is None:
             self._undecodable += 1
@@ -201,17 +215,16 @@ class RewriteSignal:
 
     def status(self, *, names: bool) -> Mapping[str, object]:
         """What /status shows of it."""
-        return {"ruleset": self._published.ruleset()}
+        return {"ruleset": self._published.ruleset(), "netlink_requests": self._requests.status()}
 
     def losses(self) -> Mapping[tuple[str, str], int]:
         """Lost events by (signal, reason), all reasons from the start."""
-        kernel = self._last_losses if self._closed else self._kernel.losses()
-        reasons = {
-            **kernel,
-            "untraced_commit": self._generation.untraced,
-            "undecodable": self._undecodable,
-        }
-        return {(self.name, reason): count for reason, count in reasons.items()}
+        kernel = dict(self._last_losses if self._closed else self._kernel.losses())
+        requests = {"requests_full": kernel.pop("requests_full"), **self._requests.losses()}
+        kernel |= {"untraced_commit": self._generation.untraced, "undecodable": self._undecodable}
+        # Requests are no rewrites: what is missing of them, a sync lacks.
+        missed = {"sync": requests, self.name: kernel}
+        return {(signal, reason): n for signal, counts in missed.items() for reason, n in counts.items()}
 
     def describe(self) -> Sequence[MetricSpec]:
         """See `Source`."""

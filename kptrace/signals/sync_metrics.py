@@ -15,7 +15,8 @@ DURATION = MetricSpec(
     "kptrace_sync_duration_seconds",
     "histogram",
     "Duration of a writer's run around its rewrites: from the first process that it starts for it, or its own first netlink"
-    " dump or transaction, to the exit of its last process. Mechanism tracepoint. kube-proxy's runs go from list to write,"
+    " dump or transaction, to the exit of its last process, or its own clean-up of connections. Mechanism tracepoint."
+    " kube-proxy's runs go from list to write,"
     " one for each family; any other writer's are bursts with at most 0.5 s of rest. Outcome failed: the writing process"
     " failed, or the kernel refused; empty: there was nothing to change.",
     ("dataplane", "family", "writer", "outcome"),
@@ -23,7 +24,8 @@ DURATION = MetricSpec(
 PHASE = MetricSpec(
     "kptrace_sync_phase_duration_seconds",
     "histogram",
-    "What committed runs spent their time on; the phases of a run add up to it. list: reading what is installed. compute:"
+    "What committed runs spent their time on; the phases of a run add up to it. list: reading what is installed, by tools"
+    " or by netlink dumps of the writer's own. compute:"
     " the writer itself. write: exec of the writing process to its committing system call. commit: that call. teardown:"
     " from its return to the process's exit. lock_wait: the xtables lock. conntrack: clean-up of connections.",
     ("dataplane", "family", "writer", "phase"),

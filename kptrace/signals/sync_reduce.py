@@ -222,6 +222,8 @@ class SyncReducer:
             step.waited(event)
         elif event.phase is not Phase.LOCK_WAIT:
             role = Role.LIST if event.phase is Phase.LIST else Role.CONNTRACK
+            if self._runs.goes_on(event, role):
+                return
             tool = Tool(Kind.NFT, role, event.family, json=True)
             step = Step(event.tgid, event.owner, event.writer, tool, event.begin_ns, own=True)
             step.end(event.end_ns)

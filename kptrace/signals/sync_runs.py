@@ -7,11 +7,11 @@ from typing import Final
 
 from kptrace.model.netfilter import DataPlane
 from kptrace.model.rewrite import Rewrite
-from kptrace.signals.sync_events import Sync
+from kptrace.signals.sync_events import Span, Sync
 from kptrace.signals.sync_noise import opens
 from kptrace.signals.sync_run import GAP_NS, MAX_STEPS, Lane, Run
 from kptrace.signals.sync_step import Step
-from kptrace.signals.sync_tools import Kind
+from kptrace.signals.sync_tools import Kind, Role
 
 MAX_RUNS: Final = 64
 #: Writers that something is remembered of beyond their runs.
@@ -80,10 +80,25 @@ class Runs:
         """A clean-up of connections follows the run that its writer ended last; return whether there is one."""
         over = [run for run in self._of(step.owner) if run.over and step.tool.family in ("", run.lane.family)]
         run = max(over, key=lambda each: each.last_ns, default=None)
-        if run is None or step.begin_ns - run.last_ns > GAP_NS:
+        if run is None or len(run.steps) >= MAX_STEPS or step.begin_ns - run.last_ns > GAP_NS:
             return False
         self._add(run, step)
         return True
+
+    def goes_on(self, span: Span, role: Role) -> bool:
+        """Whether what a writer does itself is more of the last thing in its run; then it is taken in there.
+
+        kube-proxy does nothing else between the dumps of a list, nor between the deletions of a clean-up. Of others only
+        what follows without a gap is the same: the rest of a dump that was told of while it lasted.
+        """
+        for run in self._of(span.owner):
+            last = run.steps[-1]
+            if last.own and last.tgid == span.tgid and last.tool.role is role and not last.commits:
+                gap = span.begin_ns - last.last_ns
+                if last.tool.family == span.family and 0 <= gap <= (GAP_NS if run.strict else 0):
+                    last.end(span.end_ns)
+                    return True
+        return False
 
     def waiting(self, step: Step) -> str | None:
         """The family for which its writer's list was followed by no write yet, the oldest if there are several."""

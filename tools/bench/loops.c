@@ -47,7 +47,7 @@ int main(int argc, char **argv)
 	long failed = 0;
 
 	if (count <= 0 || udp < 0) {
-		fprintf(stderr, "usage: loops sendto|sendmsg|getppid COUNT\n");
+		fprintf(stderr, "usage: loops sendto|sendmsg|recvfrom|getppid COUNT\n");
 		return 2;
 	}
 	to.sin_addr.s_addr = htonl(INADDR_LOOPBACK + 4);
@@ -66,6 +66,9 @@ int main(int argc, char **argv)
 		message.msg_name = NULL; /* to nowhere: a packet takes ten times what is looked for here */
 		for (long i = 0; i < count; i++)
 			failed += sendmsg(udp, &message, 0) != 1;
+	} else if (!strcmp(argv[1], "recvfrom")) {
+		for (long i = 0; i < count; i++) /* of nothing */
+			failed += recvfrom(sink, &byte, sizeof(byte), MSG_DONTWAIT, NULL, NULL) != -1;
 	} else
 		for (long i = 0; i < count; i++)
 			syscall(SYS_getppid);

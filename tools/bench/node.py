@@ -1,20 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start-up, memory, scrape and system call costs of the real daemon."""
 
+import json
+import os
+import shutil
 import statistics
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from figures import Figure
 
 from kptrace.experiments.daemon_process import DaemonProcess, DaemonRequest, default_command
 from kptrace.experiments.manifests import identity_text
+from kptrace.experiments.netns import Namespace
 from kptrace.experiments.node import EmbeddedNode
 from kptrace.experiments.scrape import fetch
 from kptrace.experiments.services import make_services
 from kptrace.experiments.writer import RuleWriter
 from kptrace.model.netfilter import DataPlane
+
+#: A writer that dumps the chains of nf_tables once (NFT_MSG_GETCHAIN, NLM_F_DUMP) and then stays.
+_LISTS = """
+import socket, struct, sys
+with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as channel:
+    channel.send(struct.pack("=IHHIIBBH", 20, 10 << 8 | 4, 0x301, 1, 0, 2, 0, 0))
+    sys.stdin.read()
+"""
 
 
 def daemon(loops: Path, folder: Path) -> list[Figure]:
@@ -26,7 +41,7 @@ def daemon(loops: Path, folder: Path) -> list[Figure]:
         identity.write_text(identity_text(services), encoding="utf-8")
         cache = folder / "cache"
         starts = []
-        slower: dict[str, list[float]] = {name: [] for name in ("getppid", "sendmsg")}
+        slower: dict[str, list[float]] = {name: [] for name in ("getppid", "sendmsg", "recvfrom")}
         figures: list[Figure] = []
         for number in range(3):
             request = DaemonRequest(node.node.path, identity, folder / f"ready{number}")
@@ -38,6 +53,10 @@ def daemon(loops: Path, folder: Path) -> list[Figure]:
                     differences.append(loop(loops, name) - before[name])
                 if number < 2:
                     continue
+                with kube_proxy_that_lists(node.node, folder):
+                    while _receives(process.port) != "attached":
+                        time.sleep(0.1)
+                    receive = loop(loops, "recvfrom") - before["recvfrom"]
                 time.sleep(60)  # the figure is the memory after 60 s
                 times = []
                 for _ in range(11):
@@ -53,6 +72,13 @@ def daemon(loops: Path, folder: Path) -> list[Figure]:
                         "ns",
                         250,
                     ),
+                    Figure(
+                        "recvfrom while no writer lists by netlink itself",
+                        statistics.median(slower["recvfrom"]),
+                        "ns",
+                        75,
+                    ),
+                    Figure("recvfrom of others while one does", receive, "ns", 250),
                     Figure("resident memory after 60 s", rss_mib(process.pid), "MiB", 128),
                     Figure("scrape at 2,000 services", statistics.median(times) * 1e3, "ms", 50),
                     Figure("size of a scrape", size / 1024, "KiB", 1024),
@@ -62,6 +88,28 @@ def daemon(loops: Path, folder: Path) -> list[Figure]:
         Figure("start to ready, from cache", statistics.median(starts[1:]), "s", 0.5),
         *figures,
     ]
+
+
+@contextmanager
+def kube_proxy_that_lists(namespace: Namespace, folder: Path) -> Iterator[None]:
+    """A process by that name, which lists what is installed by netlink, as kube-proxy does from 1.37 on."""
+    program = folder / "kube-proxy"
+    shutil.copy2(os.path.realpath(sys.executable), program)
+    with namespace.enter():
+        process = subprocess.Popen(
+            [str(program), "-c", _LISTS],
+            stdin=subprocess.PIPE,
+            env={**os.environ, "PYTHONHOME": sys.base_prefix},
+        )
+    try:
+        yield
+    finally:
+        process.communicate()
+
+
+def _receives(port: int) -> str:
+    """Whether the daemon traces receives, as its /status says."""
+    return str(json.loads(fetch(port, "/status?format=json")[1])["netlink_requests"]["receives"])
 
 
 def loop(loops: Path, name: str) -> float:

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* Layout of what travels to user space: signals/rewrite_records.py and rewrite_kernel.py have the same. */
+/* Layout of what travels to user space: signals/rewrite_records.py, rewrite_kernel.py and rewrite_requests_records.py have
+ * the same. */
 #ifndef KPTRACE_REWRITE_H
 #define KPTRACE_REWRITE_H
 
@@ -9,9 +10,9 @@
 #define TAIL_BYTES 20
 #define COMM_BYTES 16
 
-enum { KIND_FLAT = 1, KIND_VECTOR = 2, KIND_REPLACE4 = 3, KIND_REPLACE6 = 4 };
+enum { KIND_FLAT = 1, KIND_VECTOR = 2, KIND_REPLACE4 = 3, KIND_REPLACE6 = 4, KIND_REQUESTS = 5 };
 enum { FLAG_UNSURE = 1, FLAG_UNREAD = 2, FLAG_SEVERAL = 4, FLAG_TAIL = 8, FLAG_OVERLAP = 16 };
-enum { LOST_RING_FULL, LOST_RUNNING_FULL, LOST_UNREADABLE, LOST_KINDS = 4 };
+enum { LOST_RING_FULL, LOST_RUNNING_FULL, LOST_UNREADABLE, LOST_REQUESTS_FULL, LOST_KINDS };
 
 struct flight {
 	u64 starts; /* transactions that ever began */
@@ -61,6 +62,28 @@ struct rewrite_head {
 struct rewrite_record {
 	struct rewrite_head head;
 	u8 data[2 * COPY_BYTES]; /* the upper half only lets the verifier see that no copy leaves the buffer */
+};
+
+/* Whose, in which namespace, and what: the subsystem and the address family that the requests named. */
+struct request_key {
+	u32 tgid;
+	u32 netns; /* the socket's */
+	u32 what;  /* subsystem << 8 | family */
+	u32 zero;
+};
+
+/* From the first request's entry to that of the last receive of an answer, or of the last request. */
+struct request_span {
+	u64 begin_ns;
+	u64 last_ns;
+	u64 requests;
+};
+
+struct request_record {
+	u32 kind; /* KIND_REQUESTS */
+	u32 zero;
+	struct request_key key;
+	struct request_span span;
 };
 
 #endif

@@ -164,6 +164,17 @@ def test_dumps_of_a_reader_are_no_run() -> None:
     assert story.tick(60_000) == []
 
 
+def test_a_writer_that_dumps_and_writes_itself_computes_between() -> None:
+    """Only pieces of one dump are one; between its dumps another writer than kube-proxy may do anything."""
+    story = Story(AGENT, "calico-node")
+    story.span(AGENT, Phase.LIST, 0, 10, "ipv4")
+    story.span(AGENT, Phase.LIST, 10, 20, "ipv4")
+    story.span(AGENT, Phase.LIST, 30, 40, "ipv4")
+    story.commit(story.rewrite(AGENT, 50, 60))
+    (sync,) = story.tick(2000)
+    assert phases(sync) == {"list": 30, "compute": 20, "commit": 10}
+
+
 def test_a_writer_that_never_rests_has_runs_of_bounded_length() -> None:
     """Each transaction is in one of them, and the cuts are counted."""
     story = Story(AGENT, "other")

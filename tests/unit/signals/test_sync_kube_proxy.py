@@ -227,6 +227,43 @@ def test_dumps_whose_end_is_unknown_are_a_list_up_to_the_last_request(story: Sto
     assert phases(sync) == {"list": 20, "compute": 30, "write": 5, "commit": 1, "teardown": 4}
 
 
+def test_a_list_that_is_told_of_while_it_lasts_is_one(story: Story) -> None:
+    """Pieces of dumps, many more than a run has steps; the next run's list is not of the run before."""
+    for n in range(1000):
+        story.span(PROXY, Phase.LIST, n * 10, n * 10 + 8, "ipv4")
+        story.span(PROXY, Phase.LIST, n * 10 + 8, n * 10 + 9, "ipv4")
+        if n % 50 == 0:
+            assert story.tick(n * 10 + 9) == []
+    story.nft_write(10_050, (10_055, 10_056), 10_060)
+    story.span(PROXY, Phase.LIST, 10_070, 10_080, "ipv4")
+    story.nft_write(10_090, (10_095, 10_096), 10_099)
+    first, second = story.tick(20_000)
+    assert phases(first) == {"list": 9999, "compute": 51, "write": 5, "commit": 1, "teardown": 4}
+    assert times(second) == (10_070, 10_099)
+    assert not any(story.reducer.losses.values())
+
+
+def test_families_that_are_listed_at_once_by_netlink_are_two_runs(story: Story) -> None:
+    """kube-proxy 1.37 does so for both of its families."""
+    for n in range(5):
+        story.span(PROXY, Phase.LIST, n * 10, n * 10 + 9, "ipv4")
+        story.span(PROXY, Phase.LIST, n * 10 + 5, n * 10 + 12, "ipv6")
+    story.nft_write(60, (62, 63), 65)
+    story.nft_write(64, (66, 67), 70, "ipv6")
+    found = {sync.family: times(sync) for sync in story.tick(1000)}
+    assert found == {"ipv4": (0, 65), "ipv6": (5, 70)}
+
+
+def test_a_stale_delete_before_a_list_by_netlink_is_of_its_run(story: Story) -> None:
+    """As before a list by nft."""
+    story.nft_write(0, (4, 5), 18)
+    story.span(PROXY, Phase.LIST, 20, 30, "ipv4")
+    story.nft_write(40, (45, 46), 50)
+    (sync,) = story.tick(1000)
+    assert (times(sync), len(sync.commits)) == ((0, 50), 2)
+    assert phases(sync)["list"] == 10
+
+
 @pytest.mark.parametrize("stale", [False, True])
 def test_where_the_list_cannot_be_seen_the_writes_are_the_run(story: Story, stale: bool) -> None:
     """One or two `nft -f -` within half a second."""
@@ -246,6 +283,19 @@ def test_connections_are_cleaned_up_in_the_run(story: Story) -> None:
     assert times(sync) == (0, 180.6)
     assert phases(sync)["conntrack"] == 30.6
     assert phases(sync)["compute"] == 28.4
+
+
+def test_very_many_connections_are_cleaned_up_in_one_run(story: Story) -> None:
+    """Pieces of a clean-up that takes seconds are one, whatever their number."""
+    partial(story, 0)
+    for n in range(1000):
+        story.span(PROXY, Phase.CONNTRACK, 150 + n * 10, 156 + n * 10, "ipv4")
+        if n % 50 == 0:
+            assert story.tick(156 + n * 10) == []
+    (sync,) = story.tick(20_000)
+    assert sync.end_ns == 10_146_000_000
+    assert phases(sync)["conntrack"] == 9996
+    assert not any(story.reducer.losses.values())
 
 
 def test_connections_are_cleaned_up_by_a_tool_in_older_versions(story: Story) -> None:
