@@ -11,6 +11,7 @@ from kptrace.cli import logs
 from kptrace.daemon.settings import (
     DEFAULT_LISTEN,
     DEFAULT_SOCKET,
+    BpfStatistics,
     IdentityLevel,
     LookupMechanism,
     Settings,
@@ -94,6 +95,13 @@ def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
     metavar="URL",
     help="Compare with kube-proxy's own metrics, as at http://127.0.0.1:10249.",
 )
+@click.option(
+    "--cilium-metrics",
+    default="none",
+    show_default=True,
+    metavar="URL|auto|none",
+    help="Compare with the own metrics of Cilium's agent; auto: at http://127.0.0.1:9962/metrics, if it answers.",
+)
 @click.option("--sample", default="1:64", show_default=True, help="'all', REST or FIRST:REST divisors.")
 @click.option("--overhead-budget", default="0.5%", show_default=True, help="Share of one core, or 'off'.")
 @click.option("--brackets-with-nfqueue", is_flag=True, help="Bracket a namespace that has an NFQUEUE.")
@@ -103,6 +111,13 @@ def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
     default="auto",
     show_default=True,
     help="How to time look-ups.",
+)
+@click.option(
+    "--bpf-statistics",
+    type=click.Choice(get_args(BpfStatistics)),
+    default="minute",
+    show_default=True,
+    help="Where Cilium's programs cannot be traced: have the kernel count their runs 1 s a minute, always, or never.",
 )
 @click.option("--rewrites/--no-rewrites", default=True, show_default=True, help="Measure rule changes.")
 @click.option(
@@ -142,6 +157,13 @@ def _read_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
     "--sys-root", default="/sys", show_default=True, type=click.Path(path_type=Path), help="The host's /sys."
 )
 @click.option(
+    "--bpffs-root",
+    default="/sys/fs/bpf",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="The host's BPF file system.",
+)
+@click.option(
     "--log-format",
     type=click.Choice(get_args(logs.LogFormat)),
     default="json",
@@ -167,6 +189,7 @@ def command(
     cache_dir: str,
     proc_root: Path,
     sys_root: Path,
+    bpffs_root: Path,
     writers: tuple[str, ...],
     **options: Any,
 ) -> int:
@@ -178,7 +201,7 @@ def command(
         programming_nodes=parse_share(programming_nodes),
         local_socket=None if local_socket == "none" else Path(local_socket),
         cache_dir=None if cache_dir == "none" else Path(cache_dir),
-        host=Host(proc=proc_root, sys=sys_root),
+        host=Host(proc=proc_root, sys=sys_root, bpffs=bpffs_root),
         writers=tuple(writers),
         **options,
     )

@@ -16,6 +16,8 @@ from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.rewrite import Rewrite
 from kptrace.model.signal import Source
 from kptrace.signals.clocks import unix_ns
+from kptrace.signals.datapath import DatapathSignal
+from kptrace.signals.map_write_records import MapWrite
 from kptrace.signals.processes import ProcessTable
 from kptrace.signals.sync_events import Sync
 from kptrace.signals.sync_signal import SyncSignal
@@ -53,6 +55,11 @@ class Shared:
         rewrite_losses: rewrites that never came, by reason; None where nobody traces them.
         explain: each tells what it knows of a Service, by title; called from any thread.
         recorder: keeps the slow and the failed.
+        datapath: which of Cilium's maps and programs are there; None where nobody looks.
+        map_written: called with every call that wrote to a map of Cilium's, in the order in which they ended.
+        map_rewritten: called with every burst of them when it is over.
+        map_settled: as `settled`, for these.
+        map_losses: calls that were missed, by reason; None where nobody traces them.
         proxy: kube-proxy's mode and version, as it says itself; empty where nobody asks it.
     """
 
@@ -68,6 +75,11 @@ class Shared:
     rewrite_losses: Callable[[], Mapping[tuple[str, str], int]] | None = None
     explain: list[Explain] = field(default_factory=list)
     recorder: FlightRecorder = field(default_factory=lambda: FlightRecorder(unix_ns))
+    datapath: DatapathSignal | None = None
+    map_written: list[Callable[[MapWrite], None]] = field(default_factory=list)
+    map_rewritten: list[Callable[[Rewrite], None]] = field(default_factory=list)
+    map_settled: list[Callable[[int], None]] = field(default_factory=list)
+    map_losses: Callable[[], Mapping[tuple[str, str], int]] | None = None
     proxy: Callable[[], tuple[str, str]] = lambda: ("", "")
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import structlog
 
 from kptrace.daemon import (
+    datapath_parts,
     drift_parts,
     kube_proxy_parts,
     lookup_parts,
@@ -42,6 +43,7 @@ _NO_CODE = Bytecode({}, {}, {})
 PARTS: tuple[Part, ...] = (
     *lookup_parts.PARTS,
     *rewrite_parts.PARTS,
+    *datapath_parts.PARTS,
     *phases_parts.PARTS,
     *programming_parts.PARTS,
     *drift_parts.PARTS,
@@ -73,6 +75,8 @@ class Parts:
         self._unused = Unused()
         self._running: list[Running] = []
         self.reports = Reports(self._node, self._running)
+        # Those that measure by what they load; the others only join and compare what these and the names tell.
+        self._loaded: list[Part] = []
         self._failures: list[KptraceError] = []
         self.sources: list[Source] = [self._node.identity, self._unused]
         self.from_cache = True
@@ -114,7 +118,7 @@ class Parts:
                 part for part in candidates if part is not first[part.group] and part.group not in started
             ]
         self._unused.settle(self._parts, running)
-        if not self._running and self._failures:
+        if not self._loaded and self._failures:
             for failure in self._failures:
                 if isinstance(failure, CompileError):
                     raise failure
@@ -188,6 +192,8 @@ class Parts:
 
     def _take(self, part: Part, source: Running) -> None:
         self._unused.remove(part)
+        if part.request is not None:
+            self._loaded.append(part)
         self._running.append(source)
         self.sources.append(source)
 

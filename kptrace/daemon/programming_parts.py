@@ -14,12 +14,14 @@ def _start(node: Node, _code: Bytecode) -> Running:
         raise UnsupportedError(
             "the rewrite and sync signals do not run: nothing tells when a change is committed"
         )
+    datapath = node.shared.datapath
     signal = ProgrammingSignal(
         sync,
         lambda: node.identity.followed,
         node=node.settings.node_name,
         lost=lambda: sum(losses().values()),
         record=node.shared.recorder.change,
+        replaced=lambda: datapath is not None and datapath.programs_services,
     )
     node.shared.written.append(signal.written)
     node.shared.synced.append(signal.synced)

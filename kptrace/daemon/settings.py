@@ -11,6 +11,7 @@ from kptrace.model.errors import UsageError
 from kptrace.signals.sampling import Sampling
 
 IdentityLevel = Literal["none", "services", "full"]
+BpfStatistics = Literal["minute", "always", "off"]
 LookupMechanism = Literal["auto", "bracket", "fentry", "kprobe", "off"]
 
 #: Not on Prometheus' list of default ports when it was chosen (see docs/adr).
@@ -33,11 +34,15 @@ class Settings:
         kubeconfig: file; None for the in-cluster configuration, or none at all outside a cluster.
         start_delay: longest random wait before the first request to the API server, seconds.
         kube_proxy_metrics: URL of kube-proxy's own metrics server; empty: it is not asked.
+        cilium_metrics: URL of the own metrics of Cilium's agent; auto: where it has them by default, if it answers; none: it
+            is not asked.
         node_name: this node's name, for pods and the node object.
         sampling: divisors of first packets and of the rest.
         overhead_budget: share of one core that look-ups may cost; 0 for no limit.
         brackets_with_nfqueue: bracket a namespace that has an NFQUEUE too.
         lookup_mechanism: auto (the first that works), one of the mechanisms, or off.
+        bpf_statistics: where Cilium's programs cannot be traced: have the kernel count their runs for a second a minute,
+            always, or not at all.
         rewrites: whether rule changes are measured.
         programming_nodes: share of the cluster's nodes that watch EndpointSlices, and so know how long a change takes
             to reach the kernel; which ones follows from their names.
@@ -62,10 +67,12 @@ class Settings:
     start_delay: float = 60.0
     node_name: str = ""
     kube_proxy_metrics: str = ""
+    cilium_metrics: str = "none"
     sampling: Sampling = Sampling()
     overhead_budget: float = 0.005
     brackets_with_nfqueue: bool = False
     lookup_mechanism: LookupMechanism = "auto"
+    bpf_statistics: BpfStatistics = "minute"
     rewrites: bool = True
     programming_nodes: float = 0.05
     drift_after: float = 60.0

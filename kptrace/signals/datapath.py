@@ -16,12 +16,6 @@ from kptrace.model.netfilter import DataPlane
 from kptrace.model.signal import MechanismState, State
 from kptrace.signals.datapath_watch import DatapathWatch, Reading
 
-PROGRAMS: Final = MetricSpec(
-    "kptrace_datapath_programs",
-    "gauge",
-    "Entry programs of Cilium's that are loaded, by hook and kind: those that the kernel calls itself.",
-    ("hook", "chain"),
-)
 AGENT: Final = MetricSpec(
     "kptrace_datapath_agent_up", "gauge", "Whether Cilium's agent runs, where anything of Cilium's is there."
 )
@@ -127,20 +121,14 @@ class DatapathSignal:
 
     def describe(self) -> Sequence[MetricSpec]:
         """See `Source`."""
-        return PROGRAMS, AGENT, UNREADABLE
+        return AGENT, UNREADABLE
 
     def families(self) -> Iterable[MetricFamily]:
         """See `Source`."""
         seen = self._seen
-        kinds = Counter((each.kind.hook, each.kind.chain) for each in seen.programs)
-        programs = [Sample(labels, float(count)) for labels, count in sorted(kinds.items())]
         agent = [Sample((), float(seen.agent is not None))] if seen.present else []
         problems = [Sample((), float(len(seen.problems)))] if seen.present else []
-        return (
-            MetricFamily(PROGRAMS, programs),
-            MetricFamily(AGENT, agent),
-            MetricFamily(UNREADABLE, problems),
-        )
+        return MetricFamily(AGENT, agent), MetricFamily(UNREADABLE, problems)
 
     def states(self) -> Sequence[MechanismState]:
         """See `Source`."""

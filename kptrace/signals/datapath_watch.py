@@ -62,7 +62,7 @@ class DatapathWatch:
             clock: CLOCK_MONOTONIC, ns.
         """
         self._detector = Detector(host)
-        self._cpus = host.possible_cpus()
+        self._host = host
         self._tell_seen = seen
         self._tell_loaded = loaded
         self._clock = clock
@@ -127,7 +127,7 @@ class DatapathWatch:
         if found is None or fd is None:
             return
         try:
-            map_ = ForeignMap(fd, found[0].info, self._cpus)
+            map_ = ForeignMap(fd, found[0].info, self._host.possible_cpus())
         except BaseException:
             os.close(fd)
             raise

@@ -27,7 +27,10 @@ LOOKUP_SPEC = MetricSpec(
     "Time of one packet's walk through the base chains of one table at one hook: from just before its first rule to"
     " just after its verdict (mechanism bracket: between two netfilter programs; connection tracking's NAT set-up is"
     " included at NAT priorities. fentry, kprobe: from the call of nft_do_chain, ipt_do_table or ip6t_do_table to its"
-    " return, which is accept for all but a drop). Sampled: see kptrace_sampling_ratio.",
+    " return, which is accept for all but a drop). Of dataplane cilium: of one run of an entry program, from its call to its"
+    " return with all programs that it tail-calls (mechanism fentry): table bpf, chain the kind of program, hook where it is"
+    " called, walk first for a connect() and all where first packets and the rest are not told apart, ct_state none. Sampled:"
+    " see kptrace_sampling_ratio.",
     (
         "mechanism",
         "dataplane",
@@ -44,9 +47,10 @@ LOOKUP_SPEC = MetricSpec(
 UNPAIRED_SPEC = MetricSpec(
     "kptrace_lookup_unpaired_total",
     "counter",
-    "Sampled packets that gave no sample: queued (waited in an NFQUEUE), stolen_or_in_flight (left the hook unseen),"
-    " evicted (too many at once), opened_elsewhere; and what the kernel itself counts of all packets, at hook ~any:"
-    " recursion_miss (a program was not run because its CPU was in one), kprobe_miss.",
+    "Sampled packets (of dataplane cilium: runs) that gave no sample: queued (waited in an NFQUEUE), stolen_or_in_flight"
+    " (left the hook unseen), evicted (too many at once), opened_elsewhere; and what the kernel itself counts of all packets,"
+    " at hook ~any (of dataplane cilium by hook): recursion_miss (a program was not run because its CPU was in one),"
+    " kprobe_miss.",
     ("hook", "reason"),
 )
 BRACKET_SPEC = MetricSpec(

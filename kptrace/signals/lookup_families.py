@@ -14,13 +14,15 @@ from kptrace.signals.lookup_services import SERVICE_SPEC
 FLOOR_SPEC = MetricSpec(
     "kptrace_lookup_floor_seconds",
     "gauge",
-    "What a bracket around no chain reads in the mean; never subtracted.",
+    "What a bracket around no chain reads in the mean, and what a pair (mechanism fentry, of dataplane cilium) around an"
+    " empty program reads; never subtracted.",
     ("mechanism",),
 )
 SAMPLING_SPEC = MetricSpec(
     "kptrace_sampling_ratio",
     "gauge",
-    "Share of packets that is timed, by walk; 0 while detached.",
+    "Share of packets that is timed, by walk; 0 while detached. Of signal datapath: of runs; by BPF statistics the share of"
+    " the time in which all are.",
     ("signal", "walk"),
 )
 OVERHEAD_SPEC = MetricSpec(

@@ -29,7 +29,8 @@ SERVICE_SPEC = MetricSpec(
     "kptrace_service_lookup_duration_seconds",
     "histogram",
     "Look-up time of first packets to a known Service address, at the NAT chains of the hook where its address is"
-    " translated; the busiest 20 Service ports by name, the rest under ~other.",
+    " translated; of dataplane cilium: the run of the program that a connect() to it waits for. The busiest 20 Service ports"
+    " by name, the rest under ~other.",
     ("mechanism", "dataplane", "service_namespace", "service_name", "service_port", "protocol"),
 )
 
@@ -85,8 +86,14 @@ class _Named:
 class ServiceTop:
     """The bounded set of services with a series of their own, and what is left for `~other`. Pure but for its state."""
 
-    def __init__(self, named: int = NAMED_SERIES, hold: float = HOLD_SECONDS) -> None:
-        """Keep `named` series, each for at least `hold` seconds."""
+    def __init__(
+        self,
+        named: int = NAMED_SERIES,
+        hold: float = HOLD_SECONDS,
+        planes: tuple[DataPlane, ...] = PLANES,
+    ) -> None:
+        """Keep `named` series, each for at least `hold` seconds; `planes` are the cells that each service has."""
+        self._planes = planes
         self._limit = named
         self._hold = hold
         self._named: dict[int, _Named] = {}
@@ -102,7 +109,7 @@ class ServiceTop:
             used: how many service numbers are given.
             now: seconds.
         """
-        planes = len(PLANES)
+        planes = len(self._planes)
         # Scrapes read in other threads: what they iterate over is replaced, never changed.
         self._named, self._retired = dict(self._named), dict(self._retired)
         counts: dict[int, int] = {}
@@ -131,21 +138,21 @@ class ServiceTop:
         if not old or min(old)[0] >= gain:
             return False
         cell = min(old)[1]
-        plane = cell % len(PLANES)
+        plane = cell % len(self._planes)
         shown = _minus(_words(cells, cell), self._named.pop(cell).base)
         self._retired[plane] = _plus(self._retired.get(plane, array("Q", bytes(CELL_BYTES))), shown)
         return True
 
     def named(self, names: Sequence[ServicePort]) -> list[ServicePort]:
         """The services that have a series of their own now, each once."""
-        return [names[number] for number in sorted({cell // len(PLANES) for cell in self._named})]
+        return [names[number] for number in sorted({cell // len(self._planes) for cell in self._named})]
 
     def samples(
         self, cells: "array[int]", names: list[ServicePort], mechanism: str
     ) -> Iterable[HistogramSample]:
         """The named services' histograms, then `~other` of each data plane that has any."""
-        planes = len(PLANES)
-        for plane, dataplane in enumerate(PLANES):
+        planes = len(self._planes)
+        for plane, dataplane in enumerate(self._planes):
             shown = self._retired.get(plane, array("Q", bytes(CELL_BYTES)))
             for cell, named in sorted(self._named.items()):
                 if cell % planes != plane:
@@ -167,15 +174,18 @@ class ServiceTop:
 
 
 def service_rows(
-    cells: "array[int]", names: Sequence[ServicePort], service: tuple[str, str]
+    cells: "array[int]",
+    names: Sequence[ServicePort],
+    service: tuple[str, str],
+    planes: tuple[DataPlane, ...] = PLANES,
 ) -> list[Mapping[str, object]]:
     """Each port of a Service and data plane that had first packets: how many, their mean, and between what most were."""
     rows: list[Mapping[str, object]] = []
     for number, port in enumerate(names):
         if (port.namespace, port.name) != service:
             continue
-        for plane, dataplane in enumerate(PLANES):
-            words = _words(cells, number * len(PLANES) + plane)
+        for plane, dataplane in enumerate(planes):
+            words = _words(cells, number * len(planes) + plane)
             count = sum(words[:SLOTS])
             if count:
                 edges = (0.0, *SERVICE_LADDER_NS, float("inf"))

@@ -73,6 +73,18 @@ MECHANISMS = (
         ("bpf_syscall", "btf_vmlinux", "ring_buffer", "mmapable_array", "follow_pointers", "kprobe"),
     ),
     Mechanism("xtables_lock", "tracepoint", _SYSCALLS),
+    Mechanism("datapath", "bpf_objects", ("bpf_syscall",)),
+    Mechanism("datapath_inventory", "map_read", ("bpf_syscall",)),
+    Mechanism("cilium_agent", "scrape", ()),
+    Mechanism(
+        "datapath_lookup",
+        "fentry",
+        ("bpf_syscall", "btf_vmlinux", "mmapable_array", "follow_pointers", "fentry"),
+    ),
+    Mechanism("datapath_lookup", "bpf_stats", ("bpf_syscall",)),
+    Mechanism("map_write", "tracepoint", _SYSCALLS),
+    # It joins what the map write signal tells.
+    Mechanism("datapath_programming", "map_write", _SYSCALLS),
     # It joins what the rewrite and sync signals tell.
     Mechanism("programming", "watch", _SYSCALLS),
     Mechanism("drift", "netlink", ()),

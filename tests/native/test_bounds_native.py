@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What others do to a node must not make kptrace grow: floods of rewrites, and of names that it never saw."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from kptrace.experiments.daemon_process import DaemonProcess, DaemonRequest, default_command
 from kptrace.experiments.netns import Namespace
-from kptrace.experiments.scrape import Scrape
+from kptrace.experiments.scrape import Scrape, fetch
 
 FOREIGN = 1999
 #: Series that names of others may take: the bound of the metric dictionary, in each of several metrics.
@@ -25,6 +26,12 @@ def process(namespace: Namespace, tmp_path: Path) -> Iterator[DaemonProcess]:
     argv = [*default_command(request), "--cache-dir", str(tmp_path / "cache")]
     with DaemonProcess(argv, request.ready_file, tmp_path / "log") as made:
         yield made
+
+
+def reasons(process: DaemonProcess) -> set[str]:
+    """The reasons of all mechanisms' states; what starts late has `starting` until it runs."""
+    rows = json.loads(fetch(process.port, "/status?format=json")[1])["signals"]
+    return {row["reason"] for row in rows}
 
 
 def resident(process: DaemonProcess) -> int:
@@ -62,6 +69,7 @@ def flood(namespace: Namespace, first: int, count: int) -> None:
 
 def test_foreign_names_do_not_make_it_grow(process: DaemonProcess, namespace: Namespace) -> None:
     """Thousands of tables and chains of others leave series and memory within their bounds, and every commit counted."""
+    assert until(lambda: "starting" not in reasons(process), 60), reasons(process)
     flood(namespace, 0, 97)
     assert until(lambda: committed(process.scrape()) >= 3 * 97, 30)
     before = resident(process)
