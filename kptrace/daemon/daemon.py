@@ -18,6 +18,7 @@ from kptrace.export.registry import Exporter
 from kptrace.export.selfmetrics import SelfMetrics
 from kptrace.export.server import MetricsServer, TlsFiles
 from kptrace.export.status import StatusPage
+from kptrace.kernel.allocator import give_memory_back
 from kptrace.model.signal import Source
 
 
@@ -38,6 +39,7 @@ class Daemon:
         # A commit wakes this process: as a batch job it waits for its turn, instead of taking the CPU from the writer
         # whose system call is just returning.
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        give_memory_back()
         with ExitStack() as stack:
             loop = Loop()
             stack.callback(loop.close)
