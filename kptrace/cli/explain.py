@@ -17,7 +17,7 @@ from kptrace.daemon.settings import DEFAULT_SOCKET
 from kptrace.dataplanes.nftables.dump import open_channel
 from kptrace.dataplanes.nftables.netlink import NetlinkError
 from kptrace.dataplanes.nftables.service_dump import ServiceDump
-from kptrace.dataplanes.service_walk import Walk, find_walk
+from kptrace.dataplanes.service_walk import Step, Walk, find_walk
 from kptrace.kernel.netns import NetworkNamespace
 from kptrace.model.errors import UsageError
 from kptrace.model.identity import Protocol, ServicePort
@@ -118,10 +118,16 @@ def _rows(port: ServicePort, walk: Walk) -> list[dict[str, object]]:
             "table": step.table,
             "chain": step.chain,
             "rules": step.rules,
-            "position": step.position or ("by map" if walk.dataplane is DataPlane.NFTABLES else "by chance"),
+            "position": _position(walk.dataplane, step),
         }
         for step in walk.steps
     ]
+
+
+def _position(dataplane: DataPlane, step: Step) -> int | str:
+    if step.position is None:
+        return "not found"
+    return step.position or ("by map" if dataplane is DataPlane.NFTABLES else "by chance")
 
 
 def _text(document: Mapping[str, Any]) -> str:

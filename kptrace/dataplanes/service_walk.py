@@ -26,14 +26,15 @@ class Step:
     Attributes:
         family, table, chain: which.
         rules: it has; -1 where they changed whenever they were counted.
-        position: of the rule that leads on to the Service, from 1; 0 where it is found by a map, not by its turn.
+        position: of the rule that leads on to the Service, from 1; 0 where a map or chance chooses, not the rule's turn;
+            None where no rule was found that does, or the chain changed whenever it was read.
     """
 
     family: IpFamily
     table: str
     chain: str
     rules: int
-    position: int = 0
+    position: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +70,20 @@ def find_walk(dump: ServiceDump, family: IpFamily, port: ServicePort) -> Walk | 
     return None
 
 
-def _turns(dump: ServiceDump, family: IpFamily, way: Sequence[str], mine: Set[str]) -> Mapping[str, int]:
+def _turns(dump: ServiceDump, family: IpFamily, way: Sequence[str], mine: Set[str]) -> Mapping[str, int | None]:
     """The position, in each chain on the way, of the first rule that leads on."""
-    found: dict[str, int] = {}
+    found: dict[str, int | None] = dict.fromkeys(way)
     for chain, following in zip(way, [*({each} for each in way[1:]), mine], strict=bool(way)):
         try:
             targets = dump.targets(family, NAT, chain)
         except Interrupted:
             continue
-        found[chain] = next((n for n, target in enumerate(targets, 1) if target in following), 0)
+        found[chain] = next((n for n, target in enumerate(targets, 1) if target in following), None)
     return found
 
 
 def _steps(
-    dump: ServiceDump, family: IpFamily, table: str, chains: Iterable[str], turns: Mapping[str, int]
+    dump: ServiceDump, family: IpFamily, table: str, chains: Iterable[str], turns: Mapping[str, int | None]
 ) -> Iterable[Step]:
     for chain in chains:
         try:

@@ -14,7 +14,7 @@ from kptrace.experiments.cilium_process import AgentProcess
 from kptrace.experiments.daemon_process import DaemonProcess, DaemonRequest, default_command
 from kptrace.experiments.manifests import identity_text
 from kptrace.experiments.node import EmbeddedNode
-from kptrace.experiments.scrape import fetch
+from kptrace.experiments.scrape import Scrape, fetch
 from kptrace.experiments.services import make_services
 from kptrace.model.netfilter import IpFamily
 
@@ -76,18 +76,15 @@ def by_bpftool(agent: AgentProcess) -> dict[str, tuple[int, int]]:
     return found
 
 
-def settled(agent: AgentProcess) -> dict[str, tuple[int, int]]:
-    """The same once no packet comes any more."""
-    last: dict[str, tuple[int, int]] = {}
-
-    def quiet() -> bool:
-        before = dict(last)
-        last.update(by_bpftool(agent))
-        time.sleep(0.3)
-        return before == last
-
-    until(quiet)
-    return last
+def settled(daemon: DaemonProcess, agent: AgentProcess) -> tuple[dict[str, tuple[int, int]], Scrape]:
+    """Both accounts at a moment around which nothing ran, for longer than the daemon's own tick."""
+    for _ in range(50):
+        before = by_bpftool(agent)
+        time.sleep(1.2)
+        scrape = daemon.scrape()
+        if by_bpftool(agent) == before:
+            return before, scrape
+    raise AssertionError("packets never end")
 
 
 def test_runs_and_their_mean_are_bpftools(
@@ -97,18 +94,13 @@ def test_runs_and_their_mean_are_bpftools(
     row = states(daemon)["datapath_lookup", "bpf_stats"]
     assert (row["state"], row["reason"]) == ("degraded", "tracing_refused")
     assert "EPERM" in row["detail"]
-    before, told = by_bpftool(agent), daemon.scrape()
+    before, told = settled(daemon, agent)
     sources = traffic.client_sources(IpFamily.IPV4)
     chosen = traffic.targets([service.address for service in agent.services], CONNECTIONS)
     assert traffic.tcp_connections(node.client, chosen, sources).total == CONNECTIONS
-    after = settled(agent)
+    after, now = settled(daemon, agent)
     runs = {chain: after[chain][0] - before[chain][0] for chain in CHAINS}
     assert min(runs.values()) >= CONNECTIONS
-    now = daemon.scrape_until(
-        lambda scrape: all(
-            scrape.total(RUNS, chain=chain) - told.total(RUNS, chain=chain) >= runs[chain] for chain in CHAINS
-        )
-    )
     for chain in CHAINS:
         assert now.total(RUNS, chain=chain, dataplane="cilium") - told.total(RUNS, chain=chain) == runs[chain]
         took = now.total(SECONDS, chain=chain) - told.total(SECONDS, chain=chain)

@@ -97,29 +97,37 @@ def kernel_runs(agent: AgentProcess) -> dict[str, int]:
     return found
 
 
+def settled(daemon: DaemonProcess, agent: AgentProcess) -> tuple[dict[str, int], Scrape]:
+    """The kernel's runs and the daemon's samples at a moment around which nothing ran."""
+    for _ in range(50):
+        before = kernel_runs(agent)
+        scrape = daemon.scrape()
+        if kernel_runs(agent) == before:
+            return before, scrape
+        time.sleep(0.5)
+    raise AssertionError("packets never end")
+
+
+def counted(scrape: Scrape, chain: str) -> int:
+    """Samples and losses of one kind of program."""
+    labels = {"dataplane": "cilium", "mechanism": "fentry", "table": "bpf", "chain": chain}
+    hook = "tc_ingress" if chain == "from_container" else "tc_egress"
+    return scrape.distribution(LOOKUP, **labels).count + round(scrape.total(UNPAIRED, hook=hook))
+
+
 def test_each_run_is_a_sample_beside_the_rules(
-    daemon: DaemonProcess, node: EmbeddedNode, agent: AgentProcess, tmp_path: Path
+    daemon: DaemonProcess, node: EmbeddedNode, agent: AgentProcess
 ) -> None:
     """Samples and losses are the runs that the kernel counts; look-ups of both data planes are in the same metric."""
     with RunStatistics():
-        before, told = kernel_runs(agent), daemon.scrape()
+        before, told = settled(daemon, agent)
         sources = traffic.client_sources(IpFamily.IPV4)
         chosen = traffic.targets([service.address for service in agent.services], CONNECTIONS)
         assert traffic.tcp_connections(node.client, chosen, sources).total == CONNECTIONS
-        time.sleep(1.0)  # the last connection's end: there is no condition to wait for
-        after = kernel_runs(agent)
+        after, now = settled(daemon, agent)
     runs = {chain: after[chain] - before[chain] for chain in CHAINS}
     assert min(runs.values()) >= CONNECTIONS
-
-    def counted(scrape: Scrape, chain: str) -> int:
-        labels = {"dataplane": "cilium", "mechanism": "fentry", "table": "bpf", "chain": chain}
-        since = scrape.distribution(LOOKUP, **labels).count - told.distribution(LOOKUP, **labels).count
-        hook = "tc_ingress" if chain == "from_container" else "tc_egress"
-        lost = scrape.total(UNPAIRED, hook=hook) - told.total(UNPAIRED, hook=hook)
-        return since + round(lost)
-
-    now = daemon.scrape_until(lambda scrape: all(counted(scrape, chain) >= runs[chain] for chain in CHAINS))
-    assert {chain: counted(now, chain) for chain in CHAINS} == runs
+    assert {chain: counted(now, chain) - counted(told, chain) for chain in CHAINS} == runs
     assert now.distribution(LOOKUP, dataplane="nftables").count > 0
     print(
         {chain: now.distribution(LOOKUP, chain=chain, dataplane="cilium").quantile(0.5) for chain in CHAINS}
