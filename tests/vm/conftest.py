@@ -51,6 +51,9 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line("markers", "unpromised(signal, mechanism): only where it does not")
     config.addinivalue_line(
+        "markers", "icount: only where the clock counts instructions (tools/vm/run.py --icount)"
+    )
+    config.addinivalue_line(
         "markers",
         "promised_something(yes): only where it promises any mechanism that needs the kernel, or none",
     )
@@ -71,7 +74,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted = all(mark.args in promised for mark in item.iter_markers("promised"))
         unwanted = any(mark.args in promised for mark in item.iter_markers("unpromised"))
         other = any(mark.args[0] != something for mark in item.iter_markers("promised_something"))
-        if not wanted or unwanted or other:
+        # Only such a machine has one CPU.
+        uncounted = item.get_closest_marker("icount") is not None and os.cpu_count() != 1
+        if not wanted or unwanted or other or uncounted:
             dropped.append(item)
     config.hook.pytest_deselected(items=dropped)
     items[:] = [item for item in items if item not in dropped]

@@ -19,7 +19,7 @@ from kptrace.model.netfilter import IpFamily
 from tests.native.objects_bench import closing
 from tests.vm.datapath_bench import DatapathBench, cgroups, program, working
 
-pytestmark = pytest.mark.promised("datapath_lookup", "fentry")
+pytestmark = [pytest.mark.promised("datapath_lookup", "fentry"), pytest.mark.icount]
 
 RUNS = 997
 
