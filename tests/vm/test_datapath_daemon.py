@@ -58,7 +58,13 @@ def daemon(
     request.identity_file.write_text(identity_text(agent.services))
     argv = ["kptrace", *default_command(request)[3:], "--bpffs-root", str(agent.root), "--sample", "all"]
     with DaemonProcess(argv, request.ready_file, folder / "log", ready_seconds=READY_SECONDS) as process:
-        until(lambda: traced(process.scrape()) >= len(CHAINS), lambda: f"{states(process)}")
+        until(
+            lambda: (
+                traced(process.scrape()) >= len(CHAINS)
+                and "starting" not in {row["reason"] for row in states(process)}
+            ),
+            lambda: f"{states(process)}",
+        )
         yield process
     assert "Traceback" not in (folder / "log").read_text()
 
@@ -158,4 +164,7 @@ def test_replaced_programs_are_traced_again(
     for _ in range(2000):
         later.take()
     until(grows)
-    until(lambda: len(list(folder.iterdir())) <= before)
+    until(
+        lambda: len(list(folder.iterdir())) <= before,
+        lambda: f"{before} {sorted(map(os.readlink, folder.iterdir()))}",
+    )
