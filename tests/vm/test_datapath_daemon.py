@@ -124,7 +124,7 @@ def counted(scrape: Scrape, chain: str) -> int:
 def test_each_run_is_a_sample_beside_the_rules(
     daemon: DaemonProcess, node: EmbeddedNode, agent: AgentProcess
 ) -> None:
-    """Samples and losses are the runs that the kernel counts; look-ups in rules, where these are measured, are beside them."""
+    """Samples and losses are the runs that the kernel counts; look-ups in rules are beside them where measured."""
     with RunStatistics():
         before, told = settled(daemon, agent)
         sources = traffic.client_sources(IpFamily.IPV4)
