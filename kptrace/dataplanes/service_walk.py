@@ -70,7 +70,9 @@ def find_walk(dump: ServiceDump, family: IpFamily, port: ServicePort) -> Walk | 
     return None
 
 
-def _turns(dump: ServiceDump, family: IpFamily, way: Sequence[str], mine: Set[str]) -> Mapping[str, int | None]:
+def _turns(
+    dump: ServiceDump, family: IpFamily, way: Sequence[str], mine: Set[str]
+) -> Mapping[str, int | None]:
     """The position, in each chain on the way, of the first rule that leads on."""
     found: dict[str, int | None] = dict.fromkeys(way)
     for chain, following in zip(way, [*({each} for each in way[1:]), mine], strict=bool(way)):
