@@ -55,6 +55,9 @@ TABLE: Final[tuple[Feature, ...]] = (
     Feature("follow_pointers", "5.5", "reading kernel memory of any kind", probes.follow_pointers),
     Feature("ring_buffer", "5.8", "the BPF ring buffer", probes.ring_buffer),
     Feature("mmapable_array", "5.5", "BPF arrays mapped into memory", probes.mmapable_array),
+    Feature(
+        "run_statistics", "5.8", "counting runs of BPF programs while somebody asks", probes.run_statistics
+    ),
     Feature("tracepoint", "4.7", "BPF programs on tracepoints", probes.tracepoint),
     Feature("raw_tracepoint", "4.17", "BPF programs on raw tracepoints", probes.raw_tracepoint),
     Feature("fentry", "5.5", "BPF programs on function entry and exit", probes.fentry),

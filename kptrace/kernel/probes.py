@@ -9,6 +9,7 @@ from kptrace.kernel.btf import Btf, BtfMissing
 from kptrace.kernel.capabilities import Capability, missing_capabilities
 from kptrace.kernel.load import AttachType, ProgramType
 from kptrace.kernel.maps import BPF_F_MMAPABLE, MapType
+from kptrace.kernel.run_statistics import RUN_TIME
 from kptrace.kernel.support import Context, Support
 from kptrace.kernel.syscall import Command
 from kptrace.model.errors import KernelError, UnsupportedError
@@ -30,6 +31,7 @@ _TARGETS: Final = ("bpf_fentry_test1", "nft_do_chain", "ip_rcv")
 _MAP_NEEDS: Final = (Capability.BPF,)
 _NETFILTER_NEEDS: Final = (Capability.BPF, Capability.NET_ADMIN)
 _TRACING_NEEDS: Final = (Capability.BPF, Capability.PERFMON)
+_STATISTICS_NEED: Final = (Capability.SYS_ADMIN,)
 #: What every mechanism needs, and what some do.
 REQUIRED: Final = (Capability.BPF, Capability.PERFMON, Capability.NET_ADMIN)
 OPTIONAL: Final = (Capability.SYS_ADMIN, Capability.SYS_PTRACE)
@@ -200,6 +202,16 @@ def kprobe(context: Context) -> Support:
             return Support(refusal.state, refusal.reason, detail)
         return Support.yes(f"attached to {name}")
     return Support.unknown("no_symbol", f"perf_event_open: ENOENT for {', '.join(tried)}")
+
+
+def run_statistics(context: Context) -> Support:
+    """Linux kernel commit d46edd671a14 ("bpf: Sharing bpf runtime stats with BPF_ENABLE_STATS") (in v5.8)."""
+    try:
+        fd = context.calls.bpf(Command.ENABLE_STATS, struct.pack("=I", RUN_TIME))
+    except KernelError as error:
+        return context.refusal("enable_stats", error, _STATISTICS_NEED)
+    context.calls.close(fd)
+    return Support.yes()
 
 
 def _make_map(context: Context, kind: MapType, key: int, value: int, entries: int, flags: int) -> Support:

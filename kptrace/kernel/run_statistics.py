@@ -9,7 +9,7 @@ from typing import Self
 from kptrace.kernel.syscall import Command, bpf
 from kptrace.model.errors import KernelError, PrivilegeError, UnsupportedError
 
-_RUN_TIME = 0  # BPF_STATS_RUN_TIME
+RUN_TIME = 0  # BPF_STATSRUN_TIME
 
 
 class RunStatistics:
@@ -30,7 +30,7 @@ class RunStatistics:
             KernelError: anything else that the kernel refused.
         """
         try:
-            self._fd = bpf(Command.ENABLE_STATS, struct.pack("=I", _RUN_TIME))
+            self._fd = bpf(Command.ENABLE_STATS, struct.pack("=I", RUN_TIME))
         except KernelError as error:
             if error.errno == errno.EPERM:
                 raise PrivilegeError(

@@ -41,13 +41,10 @@ from kptrace.signals.datapath_targets import (
 )
 from kptrace.signals.datapath_tracer import DatapathTracer, ProgramGone
 from kptrace.signals.lookup import Timers
-from kptrace.signals.lookup_govern import Costs, OverheadGovernor
+from kptrace.signals.lookup_govern import TRACING_PAIR, OverheadGovernor
 from kptrace.signals.lookup_services import NAMED_SERIES
 from kptrace.signals.sampling import Sampling
 
-#: 638 guest instructions for a run that is timed, 351 for one that is not (6.12, around an empty program): 319 of them are
-#: the kernel's trampoline. Two a nanosecond, as the bracket's take where both were measured (docs/overhead.md).
-COSTS: Final = Costs(319.0, 176.0)
 LOOK_SECONDS: Final = 2.0
 GOVERN_SECONDS: Final = 1.0
 RECKON_SECONDS: Final = 10.0
@@ -105,7 +102,7 @@ class DatapathLookup:
         self._planner = TargetPlanner(options.limit, options.rotate_seconds)
         self._groups = GroupNumbers()
         self._services = ConnectServices(self._tracer, options.named_services)
-        self._governor = OverheadGovernor(options.sampling, options.budget, COSTS, clock)
+        self._governor = OverheadGovernor(options.sampling, options.budget, TRACING_PAIR, clock)
         self._floor: float | None = None
         self._targets: tuple[Target, ...] = ()
         self._shown = Programs()
@@ -196,19 +193,14 @@ class DatapathLookup:
     def _govern(self) -> None:
         if self._closed:
             return
-        attached = self._governor.attached
-        if self._governor.step(self._tracer.opened()):
-            self._log.warning(
-                "sampling_changed",
-                factor=self._governor.factor,
-                overhead=round(self._governor.overhead, 5),
-            )
+        changed = self._governor.govern(self._tracer.opened(), self._log)
+        if changed.sampling:
             self._arm()
-            if attached and not self._governor.attached:
-                self._carry_out(self._planner.clear())
-                self._shown = Programs((), (*self._shown.measured, *self._shown.waiting), self._shown.refused)
-            elif self._governor.attached != attached:
-                self.look()
+        if changed.attached and not self._governor.attached:
+            self._carry_out(self._planner.clear())
+            self._shown = Programs((), (*self._shown.measured, *self._shown.waiting), self._shown.refused)
+        elif changed.attached:
+            self.look()
         self._publish()
 
     def _reckon(self) -> None:

@@ -129,16 +129,11 @@ class LookupSignal:
     def _govern(self) -> None:
         if self._closed:
             return
-        attached = self._governor.attached
-        if self._governor.step(self._kernel.opened()):
-            self._log.warning(
-                "sampling_changed",
-                factor=self._governor.factor,
-                overhead=round(self._governor.overhead, 5),
-            )
+        changed = self._governor.govern(self._kernel.opened(), self._log)
+        if changed.sampling:
             self._arm()
-            if self._governor.attached != attached:
-                self.notice_rewrite()
+        if changed.attached:
+            self.notice_rewrite()
         self._publish()
 
     def _choose_services(self) -> None:

@@ -21,8 +21,8 @@ FLOOR_SPEC = MetricSpec(
 SAMPLING_SPEC = MetricSpec(
     "kptrace_sampling_ratio",
     "gauge",
-    "Share of packets that is timed, by walk; 0 while detached. Of signal datapath: of runs; by BPF statistics the share of"
-    " the time in which all are.",
+    "Share of packets that is timed, by walk; 0 while detached. Of signal datapath_lookup: of runs; by BPF statistics the"
+    " share of the time in which all are.",
     ("signal", "walk"),
 )
 OVERHEAD_SPEC = MetricSpec(

@@ -30,11 +30,11 @@ from kptrace.signals.lookup_function_families import (
 from kptrace.signals.lookup_function_follow import FunctionFollower
 from kptrace.signals.lookup_function_kernel import FunctionKernel, Mechanism
 from kptrace.signals.lookup_function_places import bounded
-from kptrace.signals.lookup_govern import Costs, OverheadGovernor
+from kptrace.signals.lookup_govern import TRACING_PAIR, Costs, OverheadGovernor
 
 #: Guest instructions (docs/overhead.md), two a nanosecond as the bracket's take where both were measured.
 COSTS: Final[Mapping[Mechanism, Costs]] = MappingProxyType(
-    {"fentry": Costs(490.0, 215.0), "kprobe": Costs(1180.0, 590.0)}
+    {"fentry": TRACING_PAIR, "kprobe": Costs(1180.0, 590.0)}
 )
 FOLLOW_SECONDS = 0.5
 GOVERN_SECONDS = 1.0
@@ -110,16 +110,11 @@ class FunctionLookup:
     def _govern(self) -> None:
         if self._closed:
             return
-        attached = self._governor.attached
-        if self._governor.step(self._kernel.opened()):
-            self._log.warning(
-                "sampling_changed",
-                factor=self._governor.factor,
-                overhead=round(self._governor.overhead, 5),
-            )
+        changed = self._governor.govern(self._kernel.opened(), self._log)
+        if changed.sampling:
             self._arm()
-            if self._governor.attached != attached:
-                self.tick()
+        if changed.attached:
+            self.tick()
         self._publish()
 
     def _publish(self) -> None:

@@ -4,6 +4,9 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from structlog.typing import FilteringBoundLogger
 
 from kptrace.signals.sampling import Governor, Sampling
 
@@ -14,6 +17,18 @@ class Costs:
 
     sampled: float
     unsampled: float
+
+
+#: A fentry and fexit pair, at a function or at a program: guest instructions (docs/overhead.md), two a nanosecond as the
+#: bracket's take where both were measured.
+TRACING_PAIR: Final = Costs(490.0, 215.0)
+
+
+class Governed(NamedTuple):
+    """What the end of a period changed: the sampling, and whether anything is to be attached at all."""
+
+    sampling: bool
+    attached: bool
 
 
 class OverheadGovernor:
@@ -69,3 +84,11 @@ class OverheadGovernor:
         self.overhead = cost / 1e9 / elapsed
         before, self._governor = self._governor, self._governor.step(self.overhead)
         return self._governor.factor != before.factor
+
+    def govern(self, opened: tuple[int, int], log: FilteringBoundLogger) -> Governed:
+        """`step`, and say so where the sampling changed."""
+        before = self.attached
+        changed = self.step(opened)
+        if changed:
+            log.warning("sampling_changed", factor=self.factor, overhead=round(self.overhead, 5))
+        return Governed(changed, self.attached is not before)

@@ -81,7 +81,7 @@ MECHANISMS = (
         "fentry",
         ("bpf_syscall", "btf_vmlinux", "mmapable_array", "follow_pointers", "fentry"),
     ),
-    Mechanism("datapath_lookup", "bpf_stats", ("bpf_syscall",)),
+    Mechanism("datapath_lookup", "bpf_stats", ("bpf_syscall", "run_statistics")),
     Mechanism("map_write", "tracepoint", _SYSCALLS),
     # It joins what the map write signal tells.
     Mechanism("datapath_programming", "map_write", _SYSCALLS),

@@ -243,6 +243,16 @@ def test_maps_are_told_apart(host: Host) -> None:
     assert features.supported("bpf_syscall", "mmapable_array")
 
 
+def test_run_statistics_may_be_refused_alone(host: Host) -> None:
+    """The call came later than the rest, and nothing is left switched on."""
+    kernel = FakeKernel({Command.ENABLE_STATS: errno.EINVAL})
+    support = run(host, kernel)["run_statistics"]
+    assert (support.state, support.reason) == (State.UNSUPPORTED, "enable_stats_refused")
+    kernel = FakeKernel()
+    assert run(host, kernel).supported("run_statistics")
+    assert not kernel.open
+
+
 def test_no_bpf_at_all_is_no_syscall(host: Host) -> None:
     """ENOSYS is the system call's absence."""
     assert (

@@ -2,8 +2,10 @@
 """The estimate of cost, and the sampling that follows from it."""
 
 import pytest
+from structlog import get_logger
+from structlog.testing import capture_logs
 
-from kptrace.signals.lookup_govern import Costs, OverheadGovernor
+from kptrace.signals.lookup_govern import Costs, Governed, OverheadGovernor
 from kptrace.signals.sampling import Sampling
 
 
@@ -42,3 +44,21 @@ def test_a_budget_thins_and_detaches_at_last() -> None:
         factors.append(governor.factor)
     assert factors[:3] == [2, 4, 8]
     assert factors[-1] == 0
+
+
+def test_what_a_period_changed_is_said_and_logged_once() -> None:
+    """A quiet period changes nothing; one over the budget the sampling, and at last whether anything is attached."""
+    clock, opened, changes = Clock(), 0, []
+    governor = OverheadGovernor(Sampling(1, 64), 0.001, Costs(200.0, 50.0), clock)
+    with capture_logs() as logs:
+        clock.now += 1.0
+        assert governor.govern((0, 0), get_logger()) == Governed(sampling=False, attached=False)
+        assert logs == []
+        while governor.attached:
+            clock.now += 1.0
+            opened += 1_000_000
+            changes.append(governor.govern((0, opened), get_logger()))
+    assert changes[0] == Governed(sampling=True, attached=False)
+    assert changes[-1] == Governed(sampling=True, attached=True)
+    assert [each["event"] for each in logs] == ["sampling_changed"] * len(changes)
+    assert logs[0]["factor"] == 2
